@@ -1,0 +1,9 @@
+//! Units, limits, errors, checksum: what every other module may use and what uses nothing.
+
+pub mod checksum;
+pub mod error;
+pub mod limits;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};
+pub use units::{ByteRange, Lsn, RegionSeq, VolumeId};

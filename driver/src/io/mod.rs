@@ -1,0 +1,10 @@
+//! Effects: the vocabulary of device operations, and the few modules that carry them out.
+//!
+//! The engine decides, this module does. Decisions produce [`Op`]s, whoever runs the engine (a ublk queue thread,
+//! the background thread, the simulator) carries them out and hands back [`Done`]s.
+
+pub mod buffer;
+pub mod op;
+
+pub use buffer::AlignedBuf;
+pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};

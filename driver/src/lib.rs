@@ -1,0 +1,5 @@
+//! The Tidegate engine.
+
+pub mod base;
+pub mod io;
+pub mod volume;

@@ -1,0 +1,5 @@
+//! Volumes and the doors to them.
+
+pub mod request;
+
+pub use request::{Door, DoorIo, Request, RequestKind, Wake};

@@ -1,0 +1,1 @@
+//! ublk front end: presents a Tidegate volume as `/dev/ublkbN`.
