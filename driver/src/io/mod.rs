@@ -4,7 +4,9 @@
 //! the background thread, the simulator) carries them out and hands back [`Done`]s.
 
 pub mod buffer;
+pub mod disk;
 pub mod op;
 
 pub use buffer::AlignedBuf;
+pub use disk::Disk;
 pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};

@@ -1,0 +1,119 @@
+//! Group header: what one write to the log device carries.
+//!
+//! ```text
+//!  0  u64  checksum of bytes 8..64, salted
+//!  8  u32  magic "TGGR"
+//! 12  u32  number of records
+//! 16  u64  group sequence number
+//! 24  u64  region sequence number
+//! 32  u64  LSN of the first record
+//! 40  u32  length of the group in bytes, header and padding included: a multiple of the stage's block
+//! 44  u32  reserved
+//! 48  u64  incarnation of the stage that wrote the group
+//! 56  u64  checkpoint LSN that was durable when the group was written
+//! ```
+//!
+//! A group starts at a block boundary; its header is followed by its records, then zeroes to the next block boundary. One
+//! group is in flight at a time and the next is written only when it is durable. Two consequences carry recovery:
+//! - of all groups only the last can be torn by a crash;
+//! - an invalid group that is followed by a valid one of a higher sequence number was durable once: that is damage.
+//!
+//! A group is valid if and only if its header's checksum and magic match, region, group sequence and first LSN are the
+//! expected ones, its length is a multiple of the block and stays in the region, its incarnation is current for its
+//! place (see `recovery`), and all its records are valid and end within the last block of the group.
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::Sealed;
+use crate::base::{Lsn, RegionSeq};
+
+/// Size of a group header.
+pub const GROUP_HEADER_BYTES: u32 = 64;
+/// "TGGR".
+pub const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"TGGR");
+
+/// The header on disk.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct GroupHeader {
+    /// Checksum of the rest.
+    pub checksum: U64,
+    /// [`GROUP_MAGIC`].
+    pub magic: U32,
+    /// Number of records.
+    pub record_count: U32,
+    /// Sequence number of the group.
+    pub group_seq: U64,
+    /// Sequence number of the region.
+    pub region_seq: U64,
+    /// LSN of the first record.
+    pub first_lsn: U64,
+    /// Length of the group in bytes.
+    pub group_bytes: U32,
+    /// Zero.
+    pub reserved: U32,
+    /// Incarnation that wrote it.
+    pub incarnation: U64,
+    /// Durable checkpoint at that time.
+    pub checkpoint_lsn: U64,
+}
+
+const _: () = assert!(size_of::<GroupHeader>() == GROUP_HEADER_BYTES as usize);
+
+impl Sealed for GroupHeader {}
+
+/// A group header once its own checksum and magic matched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Number of records.
+    pub record_count: u32,
+    /// Sequence number of the group; dense.
+    pub group_seq: u64,
+    /// Region that holds it.
+    pub region: RegionSeq,
+    /// LSN of the first record.
+    pub first_lsn: Lsn,
+    /// Length in bytes.
+    pub group_bytes: u32,
+    /// Incarnation of the stage that wrote it.
+    pub incarnation: u64,
+    /// Checkpoint that was durable when it was written.
+    pub checkpoint_lsn: Lsn,
+}
+
+impl Group {
+    /// Encodes the header.
+    #[must_use]
+    pub fn encode(&self, salt: u64) -> GroupHeader {
+        let mut header = GroupHeader {
+            checksum: U64::ZERO,
+            magic: GROUP_MAGIC.into(),
+            record_count: self.record_count.into(),
+            group_seq: self.group_seq.into(),
+            region_seq: self.region.0.into(),
+            first_lsn: self.first_lsn.0.into(),
+            group_bytes: self.group_bytes.into(),
+            reserved: U32::ZERO,
+            incarnation: self.incarnation.into(),
+            checkpoint_lsn: self.checkpoint_lsn.0.into(),
+        };
+        header.seal(salt);
+        header
+    }
+
+    /// Decodes the header at the start of `bytes`; expectations are the caller's.
+    #[must_use]
+    pub fn decode(bytes: &[u8], salt: u64) -> Option<Group> {
+        let header = GroupHeader::open(bytes, salt)?;
+        (header.magic.get() == GROUP_MAGIC).then(|| Group {
+            record_count: header.record_count.get(),
+            group_seq: header.group_seq.get(),
+            region: RegionSeq(header.region_seq.get()),
+            first_lsn: Lsn(header.first_lsn.get()),
+            group_bytes: header.group_bytes.get(),
+            incarnation: header.incarnation.get(),
+            checkpoint_lsn: Lsn(header.checkpoint_lsn.get()),
+        })
+    }
+}

@@ -1,0 +1,82 @@
+//! Every byte that reaches a disk, a wire or the shared arena. One file per structure; each starts with its byte
+//! table and the rule by which it is valid.
+//!
+//! Rules common to all:
+//! - little-endian, fixed layout, no padding; reserved bytes are zero and checked to be zero by `inspect` only, so that
+//!   a later version may use them behind a compatible flag;
+//! - the checksum comes first and covers every byte after itself: nothing else is believed before it matches;
+//! - log structures are seeded with the stage's salt ([`crate::base::checksum`]), so they bind to their stage;
+//! - a structure that lives in several slots carries its slot number: a misdirected write does not pass.
+//!
+//! | structure | file | size | where |
+//! |---|---|---|---|
+//! | superblock | `superblock.rs` | 69632 | stage: 4 copies, 2 at either end |
+//! | volume entry | `volume_entry.rs` | 512 | inside the superblock |
+//! | checkpoint | `checkpoint.rs` | 4096 | stage: 16 rotating slots |
+//! | patch header and entry | `patch.rs` | 64, 32 | stage: patch zone |
+//! | region header, footer, table entry | `region.rs` | 64, 64, 32 | first and last bytes of each region |
+//! | group header | `group.rs` | 64 | first bytes of each group |
+//! | record header | `record.rs` | 64 | before each payload |
+//! | label | `label.rs` | 4096 | backing: 2 slots right after the volume's last block |
+//! | arena header | `arena.rs` | 4096 | first bytes of the arena file |
+//!
+//! The map of the stage device is in `geometry.rs`.
+
+pub mod arena;
+pub mod checkpoint;
+pub mod geometry;
+pub mod group;
+pub mod label;
+pub mod patch;
+pub mod record;
+pub mod region;
+pub mod superblock;
+pub mod volume_entry;
+
+#[cfg(test)]
+mod tests;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::base::checksum::crc64_salted;
+
+/// The format version this build writes, and the newest it reads.
+pub const VERSION: u32 = 1;
+
+/// A structure whose first eight bytes are the checksum of the rest.
+pub trait Sealed: FromBytes + IntoBytes + Immutable + KnownLayout + Sized {
+    /// Computes and stores the checksum.
+    fn seal(&mut self, salt: u64) {
+        let crc = crc64_salted(salt, &self.as_bytes()[8..]);
+        self.as_mut_bytes()[..8].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Whether the stored checksum is that of the rest.
+    fn is_sealed(&self, salt: u64) -> bool {
+        let bytes = self.as_bytes();
+        bytes[..8] == crc64_salted(salt, &bytes[8..]).to_le_bytes()
+    }
+
+    /// The structure at the start of `bytes` if it is long enough and its checksum matches.
+    fn open(bytes: &[u8], salt: u64) -> Option<Self> {
+        let (value, _) = Self::read_from_prefix(bytes).ok()?;
+        value.is_sealed(salt).then_some(value)
+    }
+}
+
+/// Text in a fixed field: UTF-8, padded with zeroes.
+#[must_use]
+pub fn text_from(field: &[u8]) -> String {
+    let end = field.iter().position(|&b| b == 0).unwrap_or(field.len());
+    String::from_utf8_lossy(&field[..end]).into_owned()
+}
+
+/// Puts `text` into a fixed field, zero-padded; `None` if it does not fit.
+pub fn text_into<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let mut field = [0; N];
+    if text.len() > N || text.as_bytes().contains(&0) {
+        return None;
+    }
+    field[..text.len()].copy_from_slice(text.as_bytes());
+    Some(field)
+}

@@ -1,0 +1,314 @@
+//! Every structure: round trip, golden bytes, and refusal of every flipped bit.
+
+use proptest::prelude::*;
+use uuid::Uuid;
+use zerocopy::IntoBytes;
+
+use super::Sealed;
+use super::arena::ArenaIdentity;
+use super::checkpoint::Checkpoint;
+use super::geometry::Geometry;
+use super::group::Group;
+use super::label::Label;
+use super::patch::{PatchImage, decode_patches, encode_patches, patch_images_max};
+use super::record::{Record, RecordKind, record_bytes};
+use super::region::{Footer, RegionStart, TableInfo};
+use super::superblock::{StageState, Superblock};
+use super::volume_entry::{AckLevel, OnLogError, VolumeInfo};
+use crate::base::checksum::crc64;
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
+
+const SALT: u64 = 0x0123_4567_89ab_cdef;
+const REGION_COUNT: u32 = 61;
+
+fn geometry() -> Geometry {
+    Geometry {
+        device_bytes: 256 << 20,
+        block_bytes: 4096,
+        region_bytes: 4 << 20,
+        region_count: REGION_COUNT,
+        patch_bytes: 2 << 20,
+    }
+}
+
+fn start() -> RegionStart {
+    RegionStart { seq: RegionSeq(9), first_lsn: Lsn(1000), first_group_seq: 77 }
+}
+
+fn record() -> Record {
+    Record {
+        lsn: Lsn(1001),
+        volume: VolumeId(3),
+        kind: RecordKind::Write,
+        range: ByteRange { start: 8192, end: 8192 + 4096 },
+        payload_bytes: 4096,
+        payload_checksum: 0xfeed,
+        timestamp_ns: 1_700_000_000_000_000_000,
+    }
+}
+
+fn group() -> Group {
+    Group {
+        record_count: 5,
+        group_seq: 78,
+        region: RegionSeq(9),
+        first_lsn: Lsn(1001),
+        group_bytes: 24576,
+        incarnation: 4,
+        checkpoint_lsn: Lsn(900),
+    }
+}
+
+fn table() -> TableInfo {
+    TableInfo { start: start(), entry_count: 800, group_count: 12, data_end: 3 << 20, table_checksum: 42 }
+}
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint { sequence: 35, lsn: Lsn(900), head: start(), time_ns: 5 }
+}
+
+fn volume() -> VolumeInfo {
+    VolumeInfo {
+        uuid: Uuid::from_u128(0xabc),
+        name: "db".into(),
+        id: VolumeId(3),
+        size_bytes: 1 << 46,
+        block_bytes: 512,
+        ack: AckLevel::Memory,
+        on_log_error: OnLogError::Fail,
+        created_ns: 7,
+        backing: "/dev/vdb".into(),
+    }
+}
+
+fn superblock() -> Superblock {
+    Superblock {
+        sequence: 12,
+        stage_uuid: Uuid::from_u128(0x1234),
+        salt: SALT,
+        geometry: geometry(),
+        incarnation: 4,
+        incarnation_group_seq: 70,
+        arena_id: 99,
+        boot_id: Uuid::from_u128(0x77),
+        state: StageState::InUse,
+        next_volume_id: 4,
+        created_ns: 6,
+        volumes: vec![volume()],
+    }
+}
+
+fn label() -> Label {
+    Label {
+        sequence: 5,
+        stage_uuid: Uuid::from_u128(0x1234),
+        volume_uuid: Uuid::from_u128(0xabc),
+        volume_bytes: 1 << 46,
+        flushed_lsn: Lsn(950),
+        name: "db".into(),
+    }
+}
+
+fn arena() -> ArenaIdentity {
+    ArenaIdentity::new(Uuid::from_u128(0x1234), 99, &geometry())
+}
+
+fn patches() -> Vec<PatchImage> {
+    (0..3).map(|i| PatchImage { volume: VolumeId(i), offset: 4096, bytes: vec![i as u8; 512] }).collect()
+}
+
+/// Bytes of one valid instance of every structure, by name, with its decoder as a predicate.
+type Decoder = Box<dyn Fn(&[u8]) -> bool>;
+fn instances() -> Vec<(&'static str, Vec<u8>, Decoder)> {
+    let slot = start().seq.slot(REGION_COUNT);
+    vec![
+        (
+            "record",
+            record().encode(SALT, RegionSeq(9)).as_bytes().to_vec(),
+            Box::new(|b| Record::decode(b, SALT, RegionSeq(9)) == Some(record())),
+        ),
+        (
+            "group",
+            group().encode(SALT).as_bytes().to_vec(),
+            Box::new(|b| Group::decode(b, SALT) == Some(group())),
+        ),
+        (
+            "region",
+            start().encode(SALT, slot).as_bytes().to_vec(),
+            Box::new(move |b| RegionStart::decode(b, SALT, slot, REGION_COUNT) == Some(start())),
+        ),
+        (
+            "footer",
+            table().encode(SALT).as_bytes().to_vec(),
+            Box::new(|b| TableInfo::decode(b, SALT, start(), 4 << 20, 4096) == Some(table())),
+        ),
+        (
+            "checkpoint",
+            checkpoint().encode(SALT).as_bytes().to_vec(),
+            Box::new(|b| Checkpoint::decode(b, SALT, 3) == Some(checkpoint())),
+        ),
+        (
+            "superblock",
+            superblock().encode(2).as_bytes().to_vec(),
+            Box::new(|b| Superblock::decode(b, 2).ok().flatten() == Some(superblock())),
+        ),
+        (
+            "label",
+            label().encode().as_bytes().to_vec(),
+            Box::new(|b| Label::decode(b, 1).ok().flatten() == Some(label())),
+        ),
+        (
+            "arena",
+            arena().encode(SALT).as_bytes().to_vec(),
+            Box::new(|b| ArenaIdentity::decode(b, SALT) == Some(arena())),
+        ),
+        (
+            "patch",
+            encode_patches(&patches(), Lsn(1200), SALT).to_vec(),
+            Box::new(|b| decode_patches(b, SALT) == Some((Lsn(1200), patches()))),
+        ),
+    ]
+}
+
+#[test]
+fn structures_survive_a_round_trip() {
+    for (name, bytes, decodes) in instances() {
+        assert!(decodes(&bytes), "{name} does not decode to what was encoded");
+    }
+}
+
+/// The checksum of the bytes of fixed instances: a change here is a change of the format and needs a new version.
+#[test]
+fn structures_match_their_golden_files() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/format/golden");
+    for (name, bytes, _) in instances() {
+        let path = dir.join(format!("{name}.hex"));
+        let text = hex(&bytes);
+        if std::env::var_os("TIDEGATE_UPDATE_GOLDEN").is_some() {
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(&path, &text).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(golden == text, "{name} differs from {}", path.display());
+    }
+}
+
+/// Hex lines of 32 bytes with their offset; lines of zeroes are left out.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut text = format!("length {}\n", bytes.len());
+    for (i, line) in bytes.chunks(32).enumerate() {
+        if line.iter().any(|&b| b != 0) {
+            write!(text, "{:08x}", i * 32).unwrap();
+            line.iter().for_each(|b| write!(text, " {b:02x}").unwrap());
+            text.push('\n');
+        }
+    }
+    text
+}
+
+#[test]
+fn every_flipped_bit_is_refused() {
+    for (name, bytes, decodes) in instances() {
+        // Image padding of the patch zone belongs to nothing; every other byte is covered.
+        let covered: Vec<usize> = (0..bytes.len())
+            .filter(|&at| name != "patch" || at < 64 + 3 * 32 || (at >= 4096 && at % 4096 < 512))
+            .collect();
+        let step = if covered.len() > 8192 { 37 } else { 1 };
+        for &at in covered.iter().step_by(step) {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1 << (at % 8);
+            assert!(!decodes(&damaged), "{name}: flipped bit in byte {at} was not noticed");
+        }
+    }
+}
+
+#[test]
+fn structures_bind_to_stage_slot_and_region() {
+    let slot = start().seq.slot(REGION_COUNT);
+    assert!(Group::decode(group().encode(SALT).as_bytes(), SALT + 1).is_none());
+    assert!(Record::decode(record().encode(SALT, RegionSeq(9)).as_bytes(), SALT, RegionSeq(8)).is_none());
+    assert!(
+        RegionStart::decode(start().encode(SALT, slot).as_bytes(), SALT, slot + 1, REGION_COUNT).is_none()
+    );
+    assert!(Checkpoint::decode(checkpoint().encode(SALT).as_bytes(), SALT, 4).is_none());
+    assert!(Superblock::decode(superblock().encode(2).as_bytes(), 1).unwrap().is_none());
+    assert!(Label::decode(label().encode().as_bytes(), 0).unwrap().is_none());
+    let moved = RegionStart { seq: RegionSeq(10), ..start() };
+    assert!(TableInfo::decode(table().encode(SALT).as_bytes(), SALT, moved, 4 << 20, 4096).is_none());
+}
+
+#[test]
+fn newer_versions_are_refused_by_name() {
+    let mut image = superblock().encode(0);
+    image.as_mut_bytes()[16] = 2;
+    image.seal(0);
+    let error = Superblock::decode(image.as_bytes(), 0).unwrap_err();
+    assert_eq!(error.kind(), crate::base::ErrorKind::NewerFormat);
+    let mut image = label().encode();
+    image.as_mut_bytes()[16] = 2;
+    image.seal(0);
+    assert_eq!(Label::decode(image.as_bytes(), 1).unwrap_err().kind(), crate::base::ErrorKind::NewerFormat);
+}
+
+#[test]
+fn a_footer_whose_table_does_not_fit_is_refused() {
+    let info = TableInfo { data_end: 4 << 20, ..table() };
+    let footer: Footer = info.encode(SALT);
+    assert!(TableInfo::decode(footer.as_bytes(), SALT, start(), 4 << 20, 4096).is_none());
+    let info = TableInfo { entry_count: u32::MAX, ..table() };
+    assert!(TableInfo::decode(info.encode(SALT).as_bytes(), SALT, start(), 4 << 20, 4096).is_none());
+}
+
+proptest! {
+    #[test]
+    fn records_survive_a_round_trip(
+        lsn in 1u64.., volume: u16, code in 1u8..=5, start in 0u64..1 << 62, len in 0u32..1 << 21, seq in 1u64..,
+        crc: u64, ts: u64,
+    ) {
+        let kind = RecordKind::from_code(code).unwrap();
+        let payload_bytes = if matches!(kind, RecordKind::WriteZeroes | RecordKind::Discard) { 0 } else { len };
+        let record = Record {
+            lsn: Lsn(lsn), volume: VolumeId(volume), kind, range: ByteRange::at(start, u64::from(len)),
+            payload_bytes, payload_checksum: crc, timestamp_ns: ts,
+        };
+        let header = record.encode(SALT, RegionSeq(seq));
+        prop_assert_eq!(Record::decode(header.as_bytes(), SALT, RegionSeq(seq)), Some(record));
+        prop_assert!(record_bytes(payload_bytes) >= 64 + payload_bytes && record_bytes(payload_bytes) % 64 == 0);
+    }
+
+    #[test]
+    fn decoders_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..5000), seal: bool) {
+        let mut bytes = bytes;
+        if seal && bytes.len() >= 64 {
+            let crc = crate::base::checksum::crc64_salted(SALT, &bytes[8..64]);
+            bytes[..8].copy_from_slice(&crc.to_le_bytes());
+        }
+        let _ = Record::decode(&bytes, SALT, RegionSeq(1));
+        let _ = Group::decode(&bytes, SALT);
+        let _ = RegionStart::decode(&bytes, SALT, 0, REGION_COUNT);
+        let _ = TableInfo::decode(&bytes, SALT, start(), 4 << 20, 4096);
+        let _ = Checkpoint::decode(&bytes, SALT, 0);
+        let _ = Superblock::decode(&bytes, 0);
+        let _ = Label::decode(&bytes, 0);
+        let _ = ArenaIdentity::decode(&bytes, SALT);
+        let _ = decode_patches(&bytes, SALT);
+    }
+
+    #[test]
+    fn as_many_patches_fit_as_promised(zone_blocks in 2u32..2000) {
+        let zone = zone_blocks * 4096;
+        let count = patch_images_max(zone);
+        prop_assert!(count > 0);
+        let size = |n: usize| encode_patches(
+            &vec![PatchImage { volume: VolumeId(1), offset: 0, bytes: vec![] }; n], Lsn(1), 0).len();
+        if zone_blocks < 40 {
+            prop_assert!(size(count) <= zone as usize && size(count + 1) > zone as usize);
+        }
+    }
+}
+
+#[test]
+fn checksum_of_an_empty_payload_is_zero() {
+    assert_eq!(crc64(&[]), 0);
+}

@@ -1,0 +1,22 @@
+//! Blocking access to a device: what recovery and administration use, where simplicity counts and nothing is in
+//! flight. The running engine submits [`super::Op`]s instead.
+
+use crate::base::Result;
+
+/// A device or file addressed by byte, any alignment. Errors name the device and the position.
+pub trait Disk: Send + Sync {
+    /// Fills `buf` from `offset`.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+    /// Writes `data` at `offset`; durable after the next successful [`Disk::sync`].
+    fn write(&self, offset: u64, data: &[u8]) -> Result<()>;
+    /// Makes every completed write durable.
+    fn sync(&self) -> Result<()>;
+    /// Size in bytes.
+    fn len_bytes(&self) -> u64;
+    /// Smallest unit of direct access in bytes: what a partial write may tear.
+    fn block_bytes(&self) -> u32;
+    /// Unit the device prefers (its physical block).
+    fn preferred_block_bytes(&self) -> u32;
+    /// How messages call it: its path.
+    fn name(&self) -> String;
+}
