@@ -1,5 +1,7 @@
 //! The Tidegate engine.
 
 pub mod base;
+pub mod flush;
 pub mod io;
+pub mod stage;
 pub mod volume;

@@ -1,0 +1,5 @@
+//! Flushing: the cursor that applies the log to the backings.
+
+pub mod plan;
+
+pub use plan::{Patch, Plan, PlanBytes, PlanParams, PlanPiece, Run, RunKind};
