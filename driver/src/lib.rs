@@ -4,5 +4,6 @@ pub mod base;
 pub mod flush;
 pub mod format;
 pub mod io;
+pub mod recovery;
 pub mod stage;
 pub mod volume;

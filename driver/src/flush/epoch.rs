@@ -27,6 +27,7 @@ use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{PATCH_OFFSET, checkpoint_offset};
 use crate::format::label::{Label, label_offset};
 use crate::format::patch::{PatchImage, encode_patches, patch_images_max};
+use crate::format::region::RegionStart;
 use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
 use crate::stage::arena::Arena;
 use crate::stage::index::Source;
@@ -169,8 +170,8 @@ impl EpochRun {
 
     /// The checkpoint this attempt writes.
     #[must_use]
-    pub fn checkpoint(&self) -> Checkpoint {
-        self.checkpoint
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
     }
 
     /// The byte ranges that the epoch changes.
@@ -270,7 +271,9 @@ impl EpochRun {
                 io.unsettled.clone_from(&self.images);
                 Phase::PatchWrite
             }
-            Phase::PatchWrite if self.batch_start + self.images.len() < self.patches.len() => Phase::PatchSync,
+            Phase::PatchWrite if self.batch_start + self.images.len() < self.patches.len() => {
+                Phase::PatchSync
+            }
             Phase::PatchWrite => Phase::Labels,
             Phase::PatchSync => {
                 io.unsettled.clear();
@@ -327,7 +330,14 @@ impl EpochRun {
         Token(self.next_token)
     }
 
-    fn write(&mut self, target: Target, kind: OpKind, offset: u64, buf: AlignedBuf, submit: &mut dyn FnMut(Op)) {
+    fn write(
+        &mut self,
+        target: Target,
+        kind: OpKind,
+        offset: u64,
+        buf: AlignedBuf,
+        submit: &mut dyn FnMut(Op),
+    ) {
         let token = self.token();
         let op = Op { token, target, kind, offset, len: buf.len() as u64, memory: Memory::Owned(buf) };
         self.send(op, Flight { target, kind, image: 0, zero: None }, submit);
@@ -399,7 +409,8 @@ impl EpochRun {
             let (p, i) = self.patches[self.batch_start + image];
             let (volume, plan) = &self.plans[p];
             let target = Target::Backing(*volume);
-            let block_bytes = io.targets.get(volume).expect("a planned volume has a target").block_bytes as usize;
+            let block_bytes =
+                io.targets.get(volume).expect("a planned volume has a target").block_bytes as usize;
             let (offset, needs_read) = (plan.patches[i].block_offset, plan.patches[i].needs_read);
             self.images[image].bytes.resize(block_bytes, 0);
             if needs_read {
@@ -542,13 +553,16 @@ fn copy_source(arena: &Arena, source: Source, into: &mut [u8]) {
     }
 }
 
-/// The checkpoint that follows `previous` at `to`.
+/// The checkpoint that follows `previous` when an epoch up to `to` has touched `volumes`.
 #[must_use]
 pub fn next_checkpoint(
     previous: &Checkpoint,
     to: Lsn,
-    head: crate::format::region::RegionStart,
+    head: RegionStart,
     time_ns: u64,
+    volumes: impl Iterator<Item = VolumeId>,
 ) -> Checkpoint {
-    Checkpoint { sequence: previous.sequence + 1, lsn: to, head, time_ns }
+    let mut flushed = previous.flushed.clone();
+    flushed.extend(volumes.map(|volume| (volume, to)));
+    Checkpoint { sequence: previous.sequence + 1, lsn: to, head, time_ns, flushed }
 }

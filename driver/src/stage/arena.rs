@@ -97,11 +97,12 @@ impl Arena {
             .mode(0o600)
             .open(&temporary)
             .map_err(|e| Error::io(context("create"), e))?;
-        let built = Arena::fill_new(&file, identity, salt, &path)
-            .and_then(|arena| match std::fs::rename(&temporary, &path) {
+        let built = Arena::fill_new(&file, identity, salt, &path).and_then(|arena| {
+            match std::fs::rename(&temporary, &path) {
                 Ok(()) => Ok(arena),
                 Err(e) => Err(Error::io(context("rename"), e)),
-            });
+            }
+        });
         if built.is_err() {
             let _ = std::fs::remove_file(&temporary);
         }
@@ -136,8 +137,10 @@ impl Arena {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io(format!("cannot open arena file {}", path.display()), e)),
         };
-        let bytes = file.metadata().map_err(|e| Error::io(format!("cannot stat arena {}", path.display()), e))?.len();
-        let wrong = || Error::new(ErrorKind::Damaged, format!("arena file {} is not this stage's", path.display()));
+        let bytes =
+            file.metadata().map_err(|e| Error::io(format!("cannot stat arena {}", path.display()), e))?.len();
+        let wrong =
+            || Error::new(ErrorKind::Damaged, format!("arena file {} is not this stage's", path.display()));
         if bytes != Arena::file_bytes(identity) as u64 {
             return Err(wrong());
         }
@@ -180,7 +183,10 @@ impl Arena {
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(Error::io(format!("cannot map {len} bytes of arena"), std::io::Error::last_os_error()));
+            return Err(Error::io(
+                format!("cannot map {len} bytes of arena"),
+                std::io::Error::last_os_error(),
+            ));
         }
         Ok(Arena {
             base: base.cast(),
@@ -247,12 +253,20 @@ impl Arena {
         assert!(slot.offset() + len <= self.region_bytes);
         // SAFETY: in bounds by the assertion; exclusive because slots are disjoint and this one is borrowed mutably.
         unsafe {
-            std::slice::from_raw_parts_mut(self.base.add(self.position(slot.region(), slot.offset())), len as usize)
+            std::slice::from_raw_parts_mut(
+                self.base.add(self.position(slot.region(), slot.offset())),
+                len as usize,
+            )
         }
     }
 
     /// Puts the headers of a group that is about to be written in place and zeroes its padding.
-    pub(crate) fn write_group_headers(&self, group: &ClosedGroup, region_header: Option<&[u8]>, header: &[u8]) {
+    pub(crate) fn write_group_headers(
+        &self,
+        group: &ClosedGroup,
+        region_header: Option<&[u8]>,
+        header: &[u8],
+    ) {
         assert!(group.records_end <= group.end && group.end <= self.region_bytes);
         let put = |offset: u32, bytes: &[u8]| {
             assert!(offset as usize + bytes.len() <= group.end as usize);

@@ -265,7 +265,10 @@ impl Core {
 
     /// Takes over a filled place. `record` is what its header says.
     pub fn publish(&mut self, slot: Slot, record: Record, ack: Option<Ack>) {
-        assert!(record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(), "the slot's record");
+        assert!(
+            record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(),
+            "the slot's record"
+        );
         let published =
             Published { record, region: slot.region(), payload_offset: slot.payload_offset(), ack };
         self.window.published(slot.lsn(), published);
@@ -326,7 +329,8 @@ impl Core {
         if self.committer.written(result.is_ok()) {
             self.counters.groups += 1;
             self.counters.log_bytes += u64::from(group.end - group.write_from);
-            self.ring.region_mut(group.region).expect("P1: a region lives until it is flushed").durable_end = group.end;
+            self.ring.region_mut(group.region).expect("P1: a region lives until it is flushed").durable_end =
+                group.end;
             let durable = self.durable();
             while let Some(wait) = self.durable_waits.front().copied().filter(|w| w.lsn <= durable) {
                 self.durable_waits.pop_front();

@@ -233,7 +233,8 @@ impl Ring {
     fn fits(&self, record_bytes: u32) -> bool {
         let open = self.regions.back().expect("an open region");
         let header = if self.group.is_some() { 0 } else { GROUP_HEADER_BYTES };
-        let end = align_up(u64::from(self.cursor + header + record_bytes), u64::from(self.geometry.block_bytes));
+        let end =
+            align_up(u64::from(self.cursor + header + record_bytes), u64::from(self.geometry.block_bytes));
         let table = table_bytes(open.record_count + 1, self.geometry.block_bytes);
         end + u64::from(table) <= u64::from(self.geometry.region_bytes)
     }
@@ -306,7 +307,10 @@ impl Ring {
             if head.last_lsn() > checkpoint || head.table == TableState::Writing || !may_go(head) {
                 break;
             }
-            assert!(self.closed.front().is_none_or(|g| g.region > head.start.seq), "P1: reclaimed before durable");
+            assert!(
+                self.closed.front().is_none_or(|g| g.region > head.start.seq),
+                "P1: reclaimed before durable"
+            );
             self.regions.pop_front();
             count += 1;
         }

@@ -97,7 +97,8 @@ impl Core {
     /// The region that should be brought into memory next: one that a read waits for, else the oldest.
     #[must_use]
     pub fn next_cold_region(&self) -> Option<RegionState> {
-        let wanted = self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq)).find(|r| !r.resident);
+        let wanted =
+            self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq)).find(|r| !r.resident);
         wanted.or_else(|| self.ring.regions().find(|r| !r.resident)).copied()
     }
 
@@ -200,7 +201,12 @@ impl Core {
     }
 
     /// The checkpoint at `to` is durable: forget what it covers. `ranges` are the bytes that the epoch wrote.
-    pub fn checkpointed(&mut self, arena: &Arena, to: Lsn, ranges: impl Iterator<Item = (VolumeId, ByteRange)>) {
+    pub fn checkpointed(
+        &mut self,
+        arena: &Arena,
+        to: Lsn,
+        ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
+    ) {
         assert!(to > self.checkpoint && to <= self.durable(), "C2");
         for (volume, range) in ranges {
             if let Some(index) = self.indexes.get_mut(&volume) {

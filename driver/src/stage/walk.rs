@@ -24,6 +24,15 @@ pub struct Rules {
     /// First group of that incarnation: a group at or above it written by an earlier incarnation was given up by a
     /// recovery and must not come back.
     pub incarnation_group_seq: u64,
+    /// First LSN of that incarnation, likewise for records.
+    pub incarnation_lsn: Lsn,
+}
+
+impl Rules {
+    /// Whether a record of this LSN may have been claimed by the incarnation it names.
+    fn admits(&self, record: &Record) -> bool {
+        record.lsn < self.incarnation_lsn || record.incarnation == self.incarnation as u16
+    }
 }
 
 /// What the next group must be.
@@ -65,7 +74,7 @@ pub fn whole_group(
     let end = at + group.group_bytes;
     let mut offset = at + GROUP_HEADER_BYTES;
     for i in 0..u64::from(group.record_count) {
-        let record = record_at(&image[..end as usize], offset, expected.region, rules.salt)
+        let record = record_at(&image[..end as usize], offset, expected.region, rules)
             .filter(|r| r.lsn == group.first_lsn.plus(i));
         let Some(record) = record else {
             records.truncate(before);
@@ -84,8 +93,9 @@ pub fn whole_group(
 
 /// The record at `offset`, header and payload checked.
 #[must_use]
-pub fn record_at(image: &[u8], offset: u32, region: RegionSeq, salt: u64) -> Option<Record> {
-    let record = Record::decode(image.get(offset as usize..)?, salt, region)?;
+pub fn record_at(image: &[u8], offset: u32, region: RegionSeq, rules: &Rules) -> Option<Record> {
+    let record =
+        Record::decode(image.get(offset as usize..)?, rules.salt, region).filter(|r| rules.admits(r))?;
     let from = offset as usize + RECORD_HEADER_BYTES as usize;
     let to = from.checked_add(record.payload_bytes as usize)?;
     let payload = image.get(from..to)?;
@@ -95,7 +105,13 @@ pub fn record_at(image: &[u8], offset: u32, region: RegionSeq, salt: u64) -> Opt
 
 /// Looks from block `from` on for a group of this region above `group_seq`: proof that what comes before it was durable.
 #[must_use]
-pub fn later_group(image: &[u8], from: u32, region: RegionSeq, group_seq: u64, rules: &Rules) -> Option<(u32, Group)> {
+pub fn later_group(
+    image: &[u8],
+    from: u32,
+    region: RegionSeq,
+    group_seq: u64,
+    rules: &Rules,
+) -> Option<(u32, Group)> {
     (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
         Group::decode(&image[at as usize..], rules.salt)
             .filter(|g| g.region == region && g.group_seq > group_seq)
@@ -137,7 +153,7 @@ pub fn arena_groups(
             record_count: 0,
         };
         while let Some(record) =
-            record_at(image, group.records_end, region, rules.salt).filter(|r| r.lsn == next_lsn)
+            record_at(image, group.records_end, region, rules).filter(|r| r.lsn == next_lsn)
         {
             records.push((group.records_end, record));
             group.records_end += record_bytes(record.payload_bytes);

@@ -106,7 +106,12 @@ pub struct VolumeDoor {
 impl VolumeDoor {
     /// Door `id` to `volume`.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, volume: Arc<VolumeShared>, id: DoorId, mailbox: Arc<Mailbox>) -> VolumeDoor {
+    pub fn new(
+        shared: Arc<Shared>,
+        volume: Arc<VolumeShared>,
+        id: DoorId,
+        mailbox: Arc<Mailbox>,
+    ) -> VolumeDoor {
         volume.doors.fetch_add(1, Ordering::Relaxed);
         VolumeDoor {
             shared,
@@ -252,6 +257,7 @@ impl VolumeDoor {
             payload_bytes,
             payload_checksum: crc64(payload),
             timestamp_ns,
+            incarnation: self.shared.rules.incarnation as u16,
         };
         header.copy_from_slice(record.encode(self.shared.rules.salt, region).as_bytes());
         let ack = failed.is_none().then(|| self.ack(request));
@@ -276,7 +282,13 @@ impl VolumeDoor {
                 // Which bytes are behind the damage cannot be told, so none are given out.
                 None
             } else {
-                Some(core.read(&self.shared.arena, (self.id, request.tag), self.volume.id, range, &mut pieces))
+                Some(core.read(
+                    &self.shared.arena,
+                    (self.id, request.tag),
+                    self.volume.id,
+                    range,
+                    &mut pieces,
+                ))
             }
         };
         match found {
@@ -386,7 +398,8 @@ impl VolumeDoor {
 
     fn give_buffer(&mut self, buf: AlignedBuf) {
         while !self.spare_buffers.is_empty()
-            && (self.spare_buffers.len() >= SPARE_BUFFERS_MAX || self.spare_bytes + buf.len() > SPARE_BYTES_MAX)
+            && (self.spare_buffers.len() >= SPARE_BUFFERS_MAX
+                || self.spare_bytes + buf.len() > SPARE_BYTES_MAX)
         {
             self.spare_bytes -= self.spare_buffers.swap_remove(0).len();
         }
