@@ -1,5 +1,6 @@
 //! Volumes and the doors to them.
 
+pub mod background;
 pub mod door;
 pub mod request;
 pub mod shared;
