@@ -5,6 +5,7 @@
 
 pub mod buffer;
 pub mod op;
+pub mod uring;
 
 pub use buffer::AlignedBuf;
 pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};
