@@ -6,6 +6,7 @@
 pub mod buffer;
 pub mod disk;
 pub mod op;
+pub mod uring;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;
