@@ -5,8 +5,10 @@
 
 pub mod buffer;
 pub mod disk;
+pub mod file;
 pub mod op;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;
+pub use file::FileDisk;
 pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};
