@@ -7,6 +7,7 @@ pub mod buffer;
 pub mod disk;
 pub mod file;
 pub mod op;
+pub mod probe;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;
