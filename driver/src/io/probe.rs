@@ -84,7 +84,7 @@ impl Windows {
     }
 
     /// Offset `back` bytes before the end.
-    fn from_end(&self, back: u64) -> Option<u64> {
+    fn before_end(&self, back: u64) -> Option<u64> {
         self.device_bytes.checked_sub(back)
     }
 }
@@ -238,13 +238,13 @@ fn at_end(windows: &Windows, found: &mut Vec<Finding>) {
     };
     look(Member, "md RAID 1.0", sectors.checked_sub(16).map(|s| (s & !7) * 512), MD);
     look(Member, "md RAID 0.90", (windows.device_bytes & !0xffff).checked_sub(0x1_0000), MD);
-    look(PartitionTable, "GPT (second header)", windows.from_end(512), b"EFI PART");
-    look(PartitionTable, "GPT (second header)", windows.from_end(4096), b"EFI PART");
+    look(PartitionTable, "GPT (second header)", windows.before_end(512), b"EFI PART");
+    look(PartitionTable, "GPT (second header)", windows.before_end(4096), b"EFI PART");
     let drbd = (windows.device_bytes & !0xfff).checked_sub(4096);
     for magic in [0x8374_026b_u32, 0x8374_026c, 0x8374_026d] {
         look(Member, "DRBD metadata", drbd.map(|o| o + 60), &magic.to_be_bytes());
     }
-    look(Image, "VHD", windows.from_end(512), b"conectix");
+    look(Image, "VHD", windows.before_end(512), b"conectix");
 }
 
 /// ZFS: uberblocks in the second half of each of the four labels, in either byte order.

@@ -128,7 +128,7 @@ fn fill_file(
 /// Says no before a large file system is filled up to the last byte for nothing.
 fn refuse_if_no_room(file: &File, path: &Path, bytes: u64) -> Result<()> {
     let Ok(stat) = fstatvfs(file) else { return Ok(()) };
-    let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+    let free = stat.blocks_available() * stat.fragment_size();
     if free >= bytes {
         return Ok(());
     }
