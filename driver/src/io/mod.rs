@@ -8,6 +8,7 @@ pub mod disk;
 pub mod file;
 pub mod op;
 pub mod probe;
+pub mod uring;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;

@@ -1,0 +1,425 @@
+//! A queue's thread: takes requests from the kernel, feeds them to a door, hands completions back.
+//!
+//! One round is: wait; feed every event at hand to the door; end the batch; submit, with the same system call that
+//! waits for the next round, everything that was completed and started meanwhile. Without requests the thread sleeps.
+//!
+//! A queue thread that cannot go on takes the whole process with it: clients then see a pause until a new server
+//! recovers the device, where a device with one dead queue would hang for ever.
+
+#![expect(unsafe_code, reason = "commands that name the tags' buffers")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+
+use io_uring::opcode;
+use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::io::uring::{Event, FileSlot, RAW, Reactor, Waker};
+use tidegate_driver::io::{Errno, Op};
+use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, Wake};
+use zerocopy::IntoBytes;
+
+use crate::memory::{IoDescs, TagBuffers};
+use crate::sys::{self, IoCmd, IoDesc};
+use crate::tag::{TagEvent, TagState};
+
+/// Makes the doors of a device: one for each queue, on the queue's thread.
+pub trait DoorFactory: Send + Sync {
+    /// What serves a queue's requests.
+    type Door: Door<QueueIo>;
+
+    /// Makes the door of `queue`. Registers the files that the door works on with the queue's `reactor`; `waker` is for
+    /// whoever has something to hand to the door.
+    fn open(&self, queue: u16, waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<Self::Door>;
+}
+
+/// What a queue's thread needs to know.
+pub(crate) struct QueueSetup {
+    pub device_id: u32,
+    pub queue: u16,
+    pub depth: u16,
+    pub max_io_bytes: u32,
+    pub user_copy: bool,
+    pub cdev: Arc<File>,
+    /// Processors to run on; all zero: any.
+    pub cpus: [u64; 16],
+    /// Set (and the queue woken) when the device will not start after all.
+    pub give_up: Arc<AtomicBool>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Tag {
+    state: TagState,
+    kind: RequestKind,
+    /// Bytes of payload: 0 for requests without.
+    payload: u32,
+}
+
+/// How payload moves.
+#[derive(Debug)]
+enum Copying {
+    /// pread and pwrite on the char device, straight from and to the client's pages.
+    User,
+    /// The kernel copies between the client's pages and the tag's buffer.
+    Plain(TagBuffers),
+}
+
+/// The door's view of its queue.
+pub struct QueueIo {
+    reactor: Reactor,
+    cdev: Arc<File>,
+    slot: FileSlot,
+    queue: u16,
+    descs: IoDescs,
+    copying: Copying,
+    tags: Box<[Tag]>,
+    /// Tags that the kernel may still use.
+    tags_alive: u32,
+    /// Events that came while the queue was being set up.
+    early: VecDeque<Event>,
+}
+
+impl QueueIo {
+    fn new(setup: &QueueSetup, mut reactor: Reactor) -> Result<QueueIo> {
+        let slot = reactor.register_file(setup.cdev.as_fd())?;
+        let copying = if setup.user_copy {
+            Copying::User
+        } else {
+            Copying::Plain(TagBuffers::new(setup.depth, setup.max_io_bytes)?)
+        };
+        let idle = Tag { state: TagState::Idle, kind: RequestKind::Flush, payload: 0 };
+        Ok(QueueIo {
+            reactor,
+            cdev: Arc::clone(&setup.cdev),
+            slot,
+            queue: setup.queue,
+            descs: IoDescs::map(&*setup.cdev, setup.queue, setup.depth)?,
+            copying,
+            tags: vec![idle; usize::from(setup.depth)].into_boxed_slice(),
+            tags_alive: u32::from(setup.depth),
+            early: VecDeque::new(),
+        })
+    }
+
+    /// Queue number.
+    #[must_use]
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// The thread's reactor, to register further targets.
+    pub fn reactor(&mut self) -> &mut Reactor {
+        &mut self.reactor
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        if self.early.is_empty() { self.reactor.next_event() } else { self.early.pop_front() }
+    }
+
+    fn fetch_all(&mut self) {
+        for tag in 0..self.tags.len() as u16 {
+            self.advance(tag, TagEvent::Fetch);
+            self.command(sys::IO_FETCH_REQ, tag, 0);
+        }
+    }
+
+    /// Moves the tag along its state machine; breaking it is a bug of ours.
+    fn advance(&mut self, tag: u16, event: TagEvent) {
+        let state = &mut self.tags[usize::from(tag)].state;
+        match state.after(event) {
+            Some(next) => *state = next,
+            None => panic!("{event:?} of tag {tag} of queue {} while {state:?}", self.queue),
+        }
+    }
+
+    fn command(&mut self, op: u32, tag: u16, result: i32) {
+        let addr = match &self.copying {
+            Copying::User => 0,
+            Copying::Plain(buffers) => buffers.address(tag),
+        };
+        let mut cmd = [0; 16];
+        cmd.copy_from_slice(IoCmd { q_id: self.queue, tag, result, addr }.as_bytes());
+        let entry =
+            opcode::UringCmd16::new(self.slot.fixed(), op).cmd(cmd).build().user_data(RAW | u64::from(tag));
+        // SAFETY: the tag's buffer, if any, stays mapped until the queue ends, which it does after the kernel gave the
+        // tag up (`tags_alive`), or without the device ever having been started.
+        unsafe { self.reactor.push_raw(&entry) };
+    }
+
+    /// The kernel answered for a tag: its next request, or `None` when there is none to feed.
+    fn answered(&mut self, user_data: u64, result: i32) -> Result<Option<Request>> {
+        let tag = (user_data & !RAW) as u16;
+        let known = usize::from(tag) < self.tags.len() && user_data & !RAW <= u64::from(u16::MAX);
+        let event = match result {
+            sys::IO_RES_OK => TagEvent::Request,
+            sys::IO_RES_ABORT => TagEvent::Abort,
+            _ => {
+                return Err(Error::io(
+                    format!("the kernel refused the command for tag {tag} of ublk queue {}", self.queue),
+                    io_error(result),
+                ));
+            }
+        };
+        if !known || self.tags[usize::from(tag)].state.after(event).is_none() {
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "the kernel answered {result} for tag {tag} of ublk queue {}, which it does not have",
+                    self.queue
+                ),
+            ));
+        }
+        self.advance(tag, event);
+        if event == TagEvent::Abort {
+            self.tags_alive -= 1;
+            return Ok(None);
+        }
+        let desc = self.descs.get(tag);
+        let Some(request) = request_of(tag, &desc) else {
+            tracing::warn!(op = desc.op(), tag, "request of a kind that was not offered");
+            self.commit(tag, -libc::EOPNOTSUPP);
+            return Ok(None);
+        };
+        let entry = &mut self.tags[usize::from(tag)];
+        entry.kind = request.kind;
+        entry.payload = match request.kind {
+            RequestKind::Read | RequestKind::Write => request.len as u32,
+            RequestKind::WriteZeroes | RequestKind::Discard | RequestKind::Flush => 0,
+        };
+        Ok(Some(request))
+    }
+
+    fn commit(&mut self, tag: u16, result: i32) {
+        self.advance(tag, TagEvent::Commit);
+        self.command(sys::IO_COMMIT_AND_FETCH_REQ, tag, result);
+    }
+
+    /// Panics unless the door may move these bytes now: it owns the request and stays within it.
+    fn assert_payload(&self, tag: u32, kind: RequestKind, offset: u32, len: usize) -> u16 {
+        let entry = &self.tags[tag as usize];
+        assert!(
+            entry.state == TagState::Owned
+                && entry.kind == kind
+                && u64::from(offset) + len as u64 <= u64::from(entry.payload),
+            "{offset}+{len} is no payload of tag {tag}: {entry:?}"
+        );
+        tag as u16
+    }
+}
+
+/// A request as the door sees it; `None` for a kind that the device does not offer.
+fn request_of(tag: u16, desc: &IoDesc) -> Option<Request> {
+    let kind = match desc.op() {
+        sys::IO_OP_READ => RequestKind::Read,
+        sys::IO_OP_WRITE => RequestKind::Write,
+        sys::IO_OP_FLUSH => RequestKind::Flush,
+        sys::IO_OP_DISCARD => RequestKind::Discard,
+        sys::IO_OP_WRITE_ZEROES => RequestKind::WriteZeroes,
+        _ => return None,
+    };
+    let (offset, len) = match kind {
+        RequestKind::Flush => (0, 0),
+        _ => (desc.start_sector.checked_mul(512)?, u64::from(desc.nr_sectors) * 512),
+    };
+    if matches!(kind, RequestKind::Read | RequestKind::Write) && len > u64::from(sys::IO_BYTES_MAX) {
+        return None;
+    }
+    Some(Request { tag: u32::from(tag), kind, offset, len, fua: desc.op_flags & sys::IO_F_FUA != 0 })
+}
+
+impl DoorIo for QueueIo {
+    fn submit(&mut self, op: Op) {
+        self.reactor.push(op);
+    }
+
+    fn fetch(&mut self, tag: u32, offset: u32, into: &mut [u8]) -> std::result::Result<(), Errno> {
+        let tag = self.assert_payload(tag, RequestKind::Write, offset, into.len());
+        match &self.copying {
+            Copying::User => {
+                self.cdev.read_exact_at(into, sys::user_copy_position(self.queue, tag, offset)).map_err(errno)
+            }
+            Copying::Plain(buffers) => {
+                buffers.copy_from(tag, offset as usize, into);
+                Ok(())
+            }
+        }
+    }
+
+    fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> std::result::Result<(), Errno> {
+        let tag = self.assert_payload(tag, RequestKind::Read, offset, from.len());
+        match &mut self.copying {
+            Copying::User => {
+                self.cdev.write_all_at(from, sys::user_copy_position(self.queue, tag, offset)).map_err(errno)
+            }
+            Copying::Plain(buffers) => {
+                buffers.copy_to(tag, offset as usize, from);
+                Ok(())
+            }
+        }
+    }
+
+    fn complete(&mut self, tag: u32, result: std::result::Result<(), Errno>) {
+        let result = match result {
+            // All or nothing; requests without payload report none.
+            Ok(()) => self.tags[tag as usize].payload as i32,
+            Err(Errno(errno)) if (1..4096).contains(&errno) => -errno,
+            Err(_) => -libc::EIO,
+        };
+        self.commit(tag as u16, result);
+    }
+}
+
+fn io_error(result: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(-result)
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno)
+}
+
+/// Ends the process when dropped while its thread panics. Release builds abort on any panic anyway; this makes debug
+/// builds and tests behave alike.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+/// The thread's body. Reports through `ready` once every tag is fetched or that failed, then serves until the kernel
+/// gives every tag up.
+pub(crate) fn run<F: DoorFactory>(setup: QueueSetup, factory: &F, ready: &SyncSender<Result<Waker>>) {
+    let _abort = AbortOnPanic;
+    let (mut io, mut door) = match open(&setup, factory) {
+        Ok(opened) => opened,
+        Err(e) => {
+            let _ = ready
+                .send(Err(e.within(format!("queue {} of ublk device {}", setup.queue, setup.device_id))));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(io.reactor.waker()));
+    if let Err(e) = serve(&mut io, &mut door, &setup.give_up) {
+        tracing::error!(
+            device = setup.device_id,
+            queue = setup.queue,
+            "{}; aborting, to be recovered",
+            e.report()
+        );
+        eprintln!(
+            "tidegate: ublk device {} queue {}: {}; aborting",
+            setup.device_id,
+            setup.queue,
+            e.report()
+        );
+        std::process::abort();
+    }
+    // The door may own what operations in flight belong to: none are left (see `serve`) unless the device never
+    // started. The ring goes before the buffers that its commands name: `reactor` is the first field of `io`.
+    drop(door);
+    drop(io);
+}
+
+fn open<F: DoorFactory>(setup: &QueueSetup, factory: &F) -> Result<(QueueIo, F::Door)> {
+    set_cpus(&setup.cpus);
+    // Inherited from the process if that is hardened; harmless to repeat, and not allowed everywhere.
+    let _ = crate::process::set_io_flusher();
+    // As many device operations as requests, beside the commands for the tags.
+    let mut reactor = Reactor::new(u32::from(setup.depth) * 2)?;
+    let waker: Arc<dyn Wake> = Arc::new(reactor.waker());
+    let door = factory.open(setup.queue, waker, &mut reactor)?;
+    let mut io = QueueIo::new(setup, reactor)?;
+    io.fetch_all();
+    // Commands that the kernel refuses are answered at once, and START would wait for them for ever; accepted ones are
+    // answered by the first request.
+    io.reactor.submit_and_wait(Some(Duration::ZERO))?;
+    while let Some(event) = io.reactor.next_event() {
+        if let Event::Raw { result, .. } = event
+            && result < 0
+        {
+            return Err(Error::io("the kernel refuses to hand requests out", io_error(result)));
+        }
+        io.early.push_back(event);
+    }
+    Ok((io, door))
+}
+
+fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool) -> Result<()> {
+    loop {
+        while let Some(event) = io.next_event() {
+            match event {
+                Event::Raw { user_data, result, .. } => {
+                    if let Some(request) = io.answered(user_data, result)? {
+                        door.request(request, io);
+                    }
+                }
+                Event::Op(done) => door.op_done(done, io),
+                Event::Wake => {
+                    if give_up.load(Ordering::Acquire) {
+                        return Ok(());
+                    }
+                    door.woken(io);
+                }
+            }
+        }
+        door.batch_end(io);
+        if io.tags_alive == 0 && io.reactor.ops_in_flight() == 0 {
+            return Ok(());
+        }
+        io.reactor.submit_and_wait(None)?;
+    }
+}
+
+/// Best effort: a queue runs anywhere if it must.
+fn set_cpus(cpus: &[u64; 16]) {
+    let mut set = nix::sched::CpuSet::new();
+    let mut any = false;
+    for cpu in 0..nix::sched::CpuSet::count().min(cpus.len() * 64) {
+        if cpus[cpu / 64] & (1 << (cpu % 64)) != 0 {
+            any |= set.set(cpu).is_ok();
+        }
+    }
+    if any {
+        let _ = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_in_bytes() {
+        let desc = IoDesc {
+            op_flags: u32::from(sys::IO_OP_WRITE) | sys::IO_F_FUA | 1 << 8,
+            nr_sectors: 8,
+            start_sector: 1 << 40,
+            addr: 0,
+        };
+        let expected = Request { tag: 5, kind: RequestKind::Write, offset: 1 << 49, len: 4096, fua: true };
+        assert_eq!(request_of(5, &desc), Some(expected));
+        let discard = IoDesc { op_flags: u32::from(sys::IO_OP_DISCARD), nr_sectors: u32::MAX, ..desc };
+        assert_eq!(request_of(0, &discard).unwrap().len, u64::from(u32::MAX) * 512);
+        let flush = IoDesc { op_flags: u32::from(sys::IO_OP_FLUSH), ..desc };
+        assert_eq!((request_of(0, &flush).unwrap().offset, request_of(0, &flush).unwrap().len), (0, 0));
+    }
+
+    #[test]
+    fn what_was_not_offered_is_not_a_request() {
+        for op in [4, 10, 18, 255] {
+            assert_eq!(request_of(0, &IoDesc { op_flags: op, ..IoDesc::default() }), None);
+        }
+        let too_far = IoDesc { start_sector: u64::MAX / 2, nr_sectors: 1, ..IoDesc::default() };
+        assert_eq!(request_of(0, &too_far), None);
+        let too_long = IoDesc { nr_sectors: u32::MAX, ..IoDesc::default() };
+        assert_eq!(request_of(0, &too_long), None);
+    }
+}
