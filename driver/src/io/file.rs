@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -106,7 +107,7 @@ pub struct Capabilities {
 /// A block device or a regular file.
 #[derive(Debug)]
 pub struct FileDisk {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     identity: Identity,
     direct: bool,
@@ -175,7 +176,7 @@ impl FileDisk {
             ));
         }
         let disk = FileDisk {
-            file,
+            file: Arc::new(file),
             path: path.to_owned(),
             identity,
             direct,
@@ -192,7 +193,7 @@ impl FileDisk {
         use std::io::Seek;
         let bytes = match self.identity {
             // The end of a block device is where seeking to it leads; nothing else here uses the position.
-            Identity::Device { .. } => (&self.file).seek(io::SeekFrom::End(0)),
+            Identity::Device { .. } => (&*self.file).seek(io::SeekFrom::End(0)),
             Identity::File { .. } => self.file.metadata().map(|m| m.len()),
         }
         .map_err(|e| self.error("find out the size of", 0, 0, e))?;
@@ -209,7 +210,7 @@ impl FileDisk {
 
     /// The open file, for registration with a ring. Its lock lives as long as any copy of the description.
     #[must_use]
-    pub fn file(&self) -> &File {
+    pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
