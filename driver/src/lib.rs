@@ -1,6 +1,9 @@
 //! The Tidegate engine.
 
 pub mod base;
+pub mod flush;
 pub mod format;
 pub mod io;
+pub mod recovery;
+pub mod stage;
 pub mod volume;

@@ -11,21 +11,26 @@
 //!  48  u64   LSN of the head region's first record
 //!  56  u64   sequence number of the head region's first group
 //!  64  u64   time, ns since the Unix epoch
-//!  72  [4024] reserved
+//!  72  [24]  reserved
+//!  96  128 × 16  per volume: u16 id, 6 reserved bytes, u64 end of the last epoch that touched it (0: none so far)
+//! 2144  [1952] reserved
 //! ```
 //!
 //! Valid if and only if checksum, magic and slot match. The valid slot with the highest sequence number is the
 //! checkpoint. It is written after the backings were synced, and it is durable before a region is given up or an index
-//! entry forgotten. Slots rotate, so a torn write leaves the previous checkpoint whole. The head's numbers say where an
+//! entry forgotten. The table tells how far the label of each backing must be. Slots rotate, so a torn write leaves the previous checkpoint whole. The head's numbers say where an
 //! empty log goes on.
 
-use zerocopy::little_endian::{U32, U64};
+use std::collections::BTreeMap;
+
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::geometry::CHECKPOINT_SLOTS;
 use super::region::RegionStart;
 use super::{Sealed, VERSION};
-use crate::base::{Lsn, RegionSeq};
+use crate::base::limits::VOLUMES_MAX;
+use crate::base::{Lsn, RegionSeq, VolumeId};
 
 /// "TGCHKPT\0".
 pub const CHECKPOINT_MAGIC: [u8; 8] = *b"TGCHKPT\0";
@@ -44,7 +49,18 @@ pub struct CheckpointImage {
     head_first_lsn: U64,
     head_first_group_seq: U64,
     time_ns: U64,
-    reserved: [u8; 4024],
+    reserved0: [u8; 24],
+    volumes: [VolumeFlushed; VOLUMES_MAX],
+    reserved1: [u8; 1952],
+}
+
+/// How far a volume was flushed, on disk.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct VolumeFlushed {
+    volume: U16,
+    reserved: [u8; 6],
+    lsn: U64,
 }
 
 const _: () = assert!(size_of::<CheckpointImage>() == 4096);
@@ -52,7 +68,7 @@ const _: () = assert!(size_of::<CheckpointImage>() == 4096);
 impl Sealed for CheckpointImage {}
 
 /// A checkpoint's content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
     /// Number of the checkpoint.
     pub sequence: u64,
@@ -62,6 +78,8 @@ pub struct Checkpoint {
     pub head: RegionStart,
     /// Nanoseconds since the Unix epoch.
     pub time_ns: u64,
+    /// Per volume the end of the last epoch that touched it; absent: none so far.
+    pub flushed: BTreeMap<VolumeId, Lsn>,
 }
 
 impl Checkpoint {
@@ -85,8 +103,14 @@ impl Checkpoint {
             head_first_lsn: self.head.first_lsn.0.into(),
             head_first_group_seq: self.head.first_group_seq.into(),
             time_ns: self.time_ns.into(),
-            reserved: [0; 4024],
+            reserved0: [0; 24],
+            volumes: [VolumeFlushed::default(); VOLUMES_MAX],
+            reserved1: [0; 1952],
         };
+        assert!(self.flushed.len() <= VOLUMES_MAX);
+        for (entry, (volume, lsn)) in image.volumes.iter_mut().zip(&self.flushed) {
+            *entry = VolumeFlushed { volume: volume.0.into(), reserved: [0; 6], lsn: lsn.0.into() };
+        }
         image.seal(salt);
         image
     }
@@ -104,6 +128,12 @@ impl Checkpoint {
                 first_group_seq: image.head_first_group_seq.get(),
             },
             time_ns: image.time_ns.get(),
+            flushed: image
+                .volumes
+                .iter()
+                .filter(|entry| entry.lsn.get() > 0)
+                .map(|entry| (VolumeId(entry.volume.get()), Lsn(entry.lsn.get())))
+                .collect(),
         };
         let valid = image.magic == CHECKPOINT_MAGIC
             && image.slot.get() == slot

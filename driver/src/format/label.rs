@@ -9,16 +9,17 @@
 //!  32  [16]  stage UUID
 //!  48  [16]  volume UUID
 //!  64  u64   volume size in bytes
-//!  72  u64   flushed LSN: no record above it was ever written to this backing
+//!  72  u64   flushed LSN: end of the last epoch that began to write here
 //!  80  [64]  volume name
 //! 144  [3952] reserved
 //! ```
 //!
 //! Valid if and only if checksum, magic and slot match; the valid slot with the highest sequence number counts.
 //!
-//! Every flush epoch writes the label with the epoch's end before it syncs the backing, and the checkpoint follows the
-//! sync. Hence for devices that belong together: `checkpoint LSN <= flushed LSN <= newest LSN of the log`. A backing
-//! below the checkpoint is an old copy of itself; a log that ends below the label is. Both are refused.
+//! Every flush epoch that touches a backing writes the label with the epoch's end before it syncs the backing, and the
+//! checkpoint follows the sync and repeats that LSN for the volume. Hence for devices that belong together:
+//! `checkpoint's LSN for the volume <= flushed LSN <= newest LSN of the log`. A backing below the checkpoint is an old copy
+//! of itself; a log that ends below the label is. Both are refused.
 
 use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
@@ -89,7 +90,7 @@ pub struct Label {
     pub volume_uuid: Uuid,
     /// Size of the volume.
     pub volume_bytes: u64,
-    /// No record above it was ever written here.
+    /// End of the last epoch that began to write here.
     pub flushed_lsn: Lsn,
     /// Name of the volume.
     pub name: String,

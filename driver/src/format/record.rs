@@ -12,7 +12,7 @@
 //! 54  u16  stream (0: the only one so far)
 //! 56  u8   kind: 1 write, 2 write-zeroes, 3 discard, 4 marker, 5 void
 //! 57  u8   flags (0)
-//! 58  u16  reserved
+//! 58  u16  low 16 bits of the incarnation of the stage that claimed the record
 //! 60  u32  low half of the sequence number of the region that holds the record
 //! ```
 //!
@@ -20,7 +20,8 @@
 //! write whose payload could not be fetched from the client after its place was claimed: it changes nothing.
 //!
 //! A record at a position is valid if and only if its header's checksum matches, its region is the one it is read from,
-//! its LSN is the expected one, its kind is known, its lengths fit kind and region, and the payload's checksum matches.
+//! its LSN is the expected one, its incarnation is the current one if its LSN belongs to that (a record that an earlier
+//! recovery gave up must not come back), its kind is known, its lengths fit kind and region, and the payload's checksum matches.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -112,8 +113,8 @@ pub struct RecordHeader {
     pub kind: u8,
     /// No flag is defined.
     pub flags: u8,
-    /// Zero.
-    pub reserved: U16,
+    /// Low half of the incarnation.
+    pub incarnation: U16,
     /// Low half of the region's sequence number.
     pub region_low: U32,
 }
@@ -139,6 +140,8 @@ pub struct Record {
     pub payload_checksum: u64,
     /// Nanoseconds since the Unix epoch.
     pub timestamp_ns: u64,
+    /// Low 16 bits of the incarnation that claimed it.
+    pub incarnation: u16,
 }
 
 /// Space that a record with this payload takes in a region.
@@ -164,7 +167,7 @@ impl Record {
             stream: U16::ZERO,
             kind: self.kind.code(),
             flags: 0,
-            reserved: U16::ZERO,
+            incarnation: self.incarnation.into(),
             region_low: (region.0 as u32).into(),
         };
         header.seal(salt);
@@ -187,6 +190,7 @@ impl Record {
             payload_bytes: header.payload_bytes.get(),
             payload_checksum: header.payload_checksum.get(),
             timestamp_ns: header.timestamp_ns.get(),
+            incarnation: header.incarnation.get(),
         })
     }
 }

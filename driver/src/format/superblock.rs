@@ -19,11 +19,13 @@
 //!    96  u64   first group sequence number of this incarnation
 //!   104  u64   id of the arena in use
 //!   112  [16]  boot id of the machine that last opened the stage
-//!   128  u32   state: 0 clean (everything flushed, closed), 1 in use
+//!   128  u32   state: 0 closed in order (the log holds everything, no arena is needed), 1 in use
 //!   132  u16   next volume id
 //!   134  u16   reserved
 //!   136  u64   creation time, ns since the Unix epoch
-//!   144  [3952] reserved
+//!   144  u64   newest LSN when the stage was closed in order: the log must reach it
+//!   152  u64   first LSN of this incarnation
+//!   160  [3936] reserved
 //!  4096  128 × 512  volume entries
 //! ```
 //!
@@ -40,7 +42,7 @@ use super::geometry::{Geometry, SUPERBLOCK_COPIES, SUPERBLOCK_SLOT_BYTES};
 use super::volume_entry::{VolumeEntry, VolumeInfo};
 use super::{Sealed, VERSION};
 use crate::base::limits::VOLUMES_MAX;
-use crate::base::{Error, ErrorKind, Result};
+use crate::base::{Error, ErrorKind, Lsn, Result};
 
 /// "TIDEGATE".
 pub const SUPERBLOCK_MAGIC: [u8; 8] = *b"TIDEGATE";
@@ -73,7 +75,9 @@ pub struct SuperblockImage {
     next_volume_id: U16,
     reserved0: U16,
     created_ns: U64,
-    reserved1: [u8; 3952],
+    closed_lsn: U64,
+    incarnation_lsn: U64,
+    reserved1: [u8; 3936],
     volumes: [VolumeEntry; VOLUMES_MAX],
 }
 
@@ -85,7 +89,7 @@ impl Sealed for SuperblockImage {}
 /// Whether a stage was closed in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StageState {
-    /// Everything is flushed; no arena is needed.
+    /// Closed in order: the log holds everything that was accepted, no arena is needed.
     Clean,
     /// Opened for writing and not closed since.
     InUse,
@@ -106,6 +110,8 @@ pub struct Superblock {
     pub incarnation: u64,
     /// First group sequence number of this incarnation.
     pub incarnation_group_seq: u64,
+    /// First LSN of this incarnation.
+    pub incarnation_lsn: Lsn,
     /// Id of the arena in use.
     pub arena_id: u64,
     /// Boot id of the machine that last opened it.
@@ -116,6 +122,8 @@ pub struct Superblock {
     pub next_volume_id: u16,
     /// Nanoseconds since the Unix epoch.
     pub created_ns: u64,
+    /// Newest LSN when the stage was last closed in order.
+    pub closed_lsn: Lsn,
     /// The volumes.
     pub volumes: Vec<VolumeInfo>,
 }
@@ -147,6 +155,8 @@ impl Superblock {
         };
         image.next_volume_id = self.next_volume_id.into();
         image.created_ns = self.created_ns.into();
+        image.closed_lsn = self.closed_lsn.0.into();
+        image.incarnation_lsn = self.incarnation_lsn.0.into();
         for (entry, volume) in image.volumes.iter_mut().zip(&self.volumes) {
             *entry = volume.encode();
         }
@@ -202,6 +212,8 @@ impl Superblock {
             },
             next_volume_id: image.next_volume_id.get(),
             created_ns: image.created_ns.get(),
+            closed_lsn: Lsn(image.closed_lsn.get()),
+            incarnation_lsn: Lsn(image.incarnation_lsn.get()),
             volumes,
         }))
     }

@@ -44,6 +44,7 @@ fn record() -> Record {
         payload_bytes: 4096,
         payload_checksum: 0xfeed,
         timestamp_ns: 1_700_000_000_000_000_000,
+        incarnation: 4,
     }
 }
 
@@ -64,7 +65,13 @@ fn table() -> TableInfo {
 }
 
 fn checkpoint() -> Checkpoint {
-    Checkpoint { sequence: 35, lsn: Lsn(900), head: start(), time_ns: 5 }
+    Checkpoint {
+        sequence: 35,
+        lsn: Lsn(900),
+        head: start(),
+        time_ns: 5,
+        flushed: [(VolumeId(3), Lsn(880))].into(),
+    }
 }
 
 fn volume() -> VolumeInfo {
@@ -89,11 +96,13 @@ fn superblock() -> Superblock {
         geometry: geometry(),
         incarnation: 4,
         incarnation_group_seq: 70,
+        incarnation_lsn: Lsn(810),
         arena_id: 99,
         boot_id: Uuid::from_u128(0x77),
         state: StageState::InUse,
         next_volume_id: 4,
         created_ns: 6,
+        closed_lsn: Lsn(800),
         volumes: vec![volume()],
     }
 }
@@ -270,7 +279,7 @@ proptest! {
         let payload_bytes = if matches!(kind, RecordKind::WriteZeroes | RecordKind::Discard) { 0 } else { len };
         let record = Record {
             lsn: Lsn(lsn), volume: VolumeId(volume), kind, range: ByteRange::at(start, u64::from(len)),
-            payload_bytes, payload_checksum: crc, timestamp_ns: ts,
+            payload_bytes, payload_checksum: crc, timestamp_ns: ts, incarnation: ts as u16,
         };
         let header = record.encode(SALT, RegionSeq(seq));
         prop_assert_eq!(Record::decode(header.as_bytes(), SALT, RegionSeq(seq)), Some(record));

@@ -1,0 +1,6 @@
+//! Flushing: the cursor that applies the log to the backings.
+
+pub mod epoch;
+pub mod plan;
+
+pub use plan::{Patch, Plan, PlanBytes, PlanParams, PlanPiece, Run, RunKind};

@@ -1,0 +1,29 @@
+//! Opening a stage after whatever happened: facts first (`superblocks`, `scan`), then judgement, then the arena, then the
+//! engine's starting point (`open`). Nothing is written before everything was read and found in order.
+//!
+//! | what is found at the place of the next group | and behind it | judgement |
+//! |---|---|---|
+//! | a valid group | – | part of the log |
+//! | no valid group | nothing newer | end of the log; a torn last group was never acknowledged and is given up |
+//! | no valid group | a group with a higher number | damage: the invalid one was durable once |
+//! | – (a whole region is missing) | a newer region | damage, unless the region was flushed |
+//!
+//! | end of the log | superblock, checkpoint, labels | judgement |
+//! |---|---|---|
+//! | below the checkpoint | – | damage |
+//! | below the LSN of an orderly close | closed | damage |
+//! | below a backing's label | – | the stage is an old copy |
+//! | – | a label below the checkpoint's entry | the backing is an old copy |
+//!
+//! Known limit: of the last group, and only of that, damage cannot be told from tearing by the log alone.
+
+pub mod check;
+pub mod inspect;
+pub mod open;
+pub mod scan;
+pub mod superblocks;
+
+#[cfg(test)]
+mod tests;
+
+pub use open::{ArenaSource, Environment, Opened, open};

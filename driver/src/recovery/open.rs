@@ -1,0 +1,393 @@
+//! Opening a stage for use.
+//!
+//! Order, and why:
+//! 1. read superblock, log, patch zone, labels; refuse what does not fit together. Nothing is written until here, so a
+//!    refusal leaves everything as it was;
+//! 2. sync the stage: what was read may sit in the device's volatile cache, written by a process that was killed before
+//!    its sync; from now on it counts as durable;
+//! 3. write the patch zone's images to the backings, if their epoch is unfinished, and sync them (idempotent);
+//! 4. find or make the arena; append to the log what only the arena holds;
+//! 5. write the superblock: new incarnation, in use. From here on groups of the earlier incarnation that were given up
+//!    can never be taken for valid again.
+//!
+//! A crash in any step is met by the same steps from the start.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use super::scan::{Found, ScannedLog, rules_of, scan};
+use super::superblocks;
+use crate::base::{Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
+use crate::flush::epoch::FlushTarget;
+use crate::format::arena::ArenaIdentity;
+use crate::format::checkpoint::Checkpoint;
+use crate::format::geometry::PATCH_OFFSET;
+use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
+use crate::format::patch::decode_patches;
+use crate::format::region::RegionStart;
+use crate::format::superblock::{StageState, Superblock};
+use crate::format::volume_entry::{AckLevel, VolumeInfo};
+use crate::io::Disk;
+use crate::stage::arena::Arena;
+use crate::stage::core::{Core, CoreStart, payload_offset, source_of};
+use crate::stage::index::{Extent, Index};
+use crate::stage::ring::{ClosedGroup, RegionState, Ring, RingTail, TableState};
+use crate::stage::walk::{Rules, arena_groups};
+use crate::volume::status::RecoveryReport;
+
+/// Where arenas come from.
+pub trait ArenaSource {
+    /// The existing arena, `None` if there is none; an error if there is something else in its place.
+    fn find(&mut self, identity: &ArenaIdentity, salt: u64) -> Result<Option<Arena>>;
+    /// A new arena.
+    fn make(&mut self, identity: &ArenaIdentity, salt: u64) -> Result<Arena>;
+}
+
+/// What opening needs to know of the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Environment {
+    /// Boot id: an arena cannot outlive a boot, so its absence is an alarm only in the same one.
+    pub boot_id: Uuid,
+    /// Id for a new arena: random.
+    pub arena_id: u64,
+    /// Go on although writes acknowledged in memory are gone.
+    pub accept_loss: bool,
+}
+
+/// An open stage: what the engine starts from.
+#[derive(Debug)]
+pub struct Opened {
+    /// The superblock as it is on the device now.
+    pub superblock: Superblock,
+    /// The core.
+    pub core: Core,
+    /// The arena.
+    pub arena: Arena,
+    /// Rules of this incarnation.
+    pub rules: Rules,
+    /// The newest checkpoint.
+    pub checkpoint: Checkpoint,
+    /// Backings by volume.
+    pub targets: BTreeMap<VolumeId, FlushTarget>,
+    /// What was found.
+    pub report: RecoveryReport,
+}
+
+/// Opens the stage on `stage`. `backings` holds the backing of every volume that is to be used; a volume with staged
+/// records cannot be missing.
+pub fn open(
+    stage: &dyn Disk,
+    backings: &BTreeMap<VolumeId, &dyn Disk>,
+    arenas: &mut dyn ArenaSource,
+    environment: Environment,
+) -> Result<Opened> {
+    let read = superblocks::read(stage)?;
+    let mut superblock = read.superblock.clone();
+    let mut report =
+        RecoveryReport { clean: superblock.state == StageState::Clean, ..RecoveryReport::default() };
+    let mut indexes: BTreeMap<VolumeId, Index> =
+        superblock.volumes.iter().map(|v| (v.id, Index::new())).collect();
+
+    let mut records = Vec::new();
+    let mut log = scan(stage, &superblock, &mut |found| records.push(*found))?;
+    for found in records.iter().filter(|f| f.lsn > log.checkpoint.lsn) {
+        report.records_from_log += 1;
+        index_record(&mut indexes, found);
+    }
+    let log_end = Lsn(log.next_lsn.0 - 1);
+    check_closed_end(stage, &superblock, log_end)?;
+    let targets = check_backings(&superblock, &log.checkpoint, log_end, backings, &indexes)?;
+    let found_arena = find_arena(&superblock, arenas, environment)?;
+
+    stage.sync()?;
+    report.superblocks_repaired = superblocks::repair(stage, &read)?;
+    report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings)?;
+
+    superblock.sequence += 1;
+    superblock.incarnation += 1;
+    superblock.incarnation_group_seq = log.next_group_seq;
+    superblock.boot_id = environment.boot_id;
+    superblock.state = StageState::InUse;
+    let (arena, closed) = match found_arena {
+        Some(arena) => {
+            report.arena_used = true;
+            let before = log.next_lsn;
+            let closed = extend_from_arena(&mut log, &arena, &read.superblock, &mut indexes);
+            report.records_from_arena = log.next_lsn.0 - before.0;
+            (arena, closed)
+        }
+        None => {
+            superblock.arena_id = environment.arena_id;
+            let identity =
+                ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
+            let arena = arenas.make(&identity, superblock.salt)?;
+            adopt_tail(&log, &arena, superblock.geometry.block_bytes);
+            (arena, Vec::new())
+        }
+    };
+    superblock.incarnation_lsn = log.next_lsn;
+    let rules = rules_of(&superblock);
+    superblocks::write(stage, &superblock)?;
+
+    report.torn_bytes = log.torn_bytes;
+    report.regions_by_table = log.by_table;
+    report.regions_by_scan = log.by_scan;
+    report.notes.append(&mut log.notes);
+    let tail =
+        RingTail { regions: log.regions, closed, next_lsn: log.next_lsn, next_group_seq: log.next_group_seq };
+    let ring = Ring::resume(superblock.geometry, tail);
+    let core = Core::new(CoreStart { ring, durable: log_end, checkpoint: log.checkpoint.lsn, indexes });
+    Ok(Opened { superblock, core, arena, rules, checkpoint: log.checkpoint, targets, report })
+}
+
+fn index_record(indexes: &mut BTreeMap<VolumeId, Index>, found: &Found) {
+    let source = source_of(found.kind, found.region, payload_offset(found.record_offset));
+    // Records of a volume that was deleted since have no index and concern nobody.
+    if let (Some(source), Some(index)) = (source, indexes.get_mut(&found.volume)) {
+        index.insert(Extent { range: found.range, lsn: found.lsn, source });
+    }
+}
+
+fn check_closed_end(stage: &dyn Disk, superblock: &Superblock, log_end: Lsn) -> Result<()> {
+    if superblock.state == StageState::InUse || log_end >= superblock.closed_lsn {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Damaged,
+        format!(
+            "{}: the log ends at LSN {log_end}, but it reached LSN {} when the stage was closed in order: its end is \
+             damaged. Nothing was changed. Restore the device from a copy",
+            stage.name(),
+            superblock.closed_lsn
+        ),
+    ))
+}
+
+/// The newest valid label of a backing.
+pub fn read_label(backing: &dyn Disk, volume_bytes: u64) -> Result<Option<Label>> {
+    let mut newest: Option<Label> = None;
+    let mut bytes = vec![0; LABEL_BYTES as usize];
+    for slot in 0..LABEL_SLOTS {
+        let offset = label_offset(volume_bytes, slot);
+        if offset + LABEL_BYTES > backing.len_bytes() {
+            continue;
+        }
+        backing.read(offset, &mut bytes)?;
+        let label = Label::decode(&bytes, slot).map_err(|e| e.within(backing.name()))?;
+        if label.as_ref().is_some_and(|l| newest.as_ref().is_none_or(|n| n.sequence < l.sequence)) {
+            newest = label;
+        }
+    }
+    Ok(newest)
+}
+
+/// Checks that `backing` is the one of `volume`, as the checkpoint and the log end require.
+pub fn check_label(
+    superblock: &Superblock,
+    volume: &VolumeInfo,
+    backing: &dyn Disk,
+    checkpoint: &Checkpoint,
+    log_end: Lsn,
+) -> Result<Label> {
+    let name = backing.name();
+    let wrong = |what: String| Error::new(ErrorKind::WrongDevice, what);
+    let needed = backing_bytes_for(volume.size_bytes);
+    if backing.len_bytes() < needed {
+        return Err(wrong(format!(
+            "{name} has {} bytes, volume '{}' needs {needed}: it is another device or it has shrunk",
+            backing.len_bytes(),
+            volume.name
+        )));
+    }
+    let Some(label) = read_label(backing, volume.size_bytes)? else {
+        return Err(wrong(format!(
+            "{name} carries no label of volume '{}': it is another device, or its content was replaced; give the path of \
+             the right one with --backing",
+            volume.name
+        )));
+    };
+    if label.stage_uuid != superblock.stage_uuid || label.volume_uuid != volume.uuid {
+        return Err(wrong(format!(
+            "{name} is the backing of volume '{}' ({}) of stage {}; expected was volume '{}' ({}) of stage {}",
+            label.name, label.volume_uuid, label.stage_uuid, volume.name, volume.uuid, superblock.stage_uuid
+        )));
+    }
+    let flushed = checkpoint.flushed.get(&volume.id).copied().unwrap_or(Lsn::ZERO);
+    if label.flushed_lsn < flushed {
+        return Err(wrong(format!(
+            "{name} is an old copy of the backing of '{}': it holds what was flushed up to LSN {}, the stage has flushed \
+             up to {flushed}; bring back the current one",
+            volume.name, label.flushed_lsn
+        )));
+    }
+    if label.flushed_lsn > log_end {
+        return Err(wrong(format!(
+            "the stage is an old copy or lost its end: its log ends at LSN {log_end}, but {name}, the backing of '{}', was \
+             flushed up to LSN {}; bring back the current stage",
+            volume.name, label.flushed_lsn
+        )));
+    }
+    Ok(label)
+}
+
+fn check_backings(
+    superblock: &Superblock,
+    checkpoint: &Checkpoint,
+    log_end: Lsn,
+    backings: &BTreeMap<VolumeId, &dyn Disk>,
+    indexes: &BTreeMap<VolumeId, Index>,
+) -> Result<BTreeMap<VolumeId, FlushTarget>> {
+    let mut targets = BTreeMap::new();
+    for volume in &superblock.volumes {
+        let Some(backing) = backings.get(&volume.id) else {
+            if indexes[&volume.id].is_empty() {
+                continue;
+            }
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "volume '{}' has writes in the stage, but its backing {} is not there; the volumes of a stage share one \
+                     order, so all backings with staged writes are needed",
+                    volume.name, volume.backing
+                ),
+            ));
+        };
+        let label = check_label(superblock, volume, *backing, checkpoint, log_end)?;
+        let block_bytes = backing.block_bytes();
+        targets.insert(volume.id, FlushTarget { label, block_bytes, zeroes: true, discards: true });
+    }
+    Ok(targets)
+}
+
+/// The arena of the previous server, if it should still be there and is.
+fn find_arena(
+    superblock: &Superblock,
+    arenas: &mut dyn ArenaSource,
+    environment: Environment,
+) -> Result<Option<Arena>> {
+    if superblock.state == StageState::Clean {
+        return Ok(None);
+    }
+    let identity = ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
+    let found = arenas.find(&identity, superblock.salt);
+    let at_risk = superblock.volumes.iter().any(|v| v.ack == AckLevel::Memory);
+    if superblock.boot_id != environment.boot_id || !at_risk || environment.accept_loss {
+        return Ok(found.unwrap_or(None));
+    }
+    let problem = match found {
+        Ok(Some(arena)) => return Ok(Some(arena)),
+        Ok(None) => "its arena is gone".to_owned(),
+        Err(error) => error.report(),
+    };
+    Err(Error::new(
+        ErrorKind::Lost,
+        format!(
+            "the stage was in use when its server died, and {problem}: writes acknowledged in memory since the last flush are \
+             lost. Bring the arena file back, or attach with --accept-loss to go on from what the log device holds"
+        ),
+    ))
+}
+
+fn restore_patches(
+    stage: &dyn Disk,
+    superblock: &Superblock,
+    checkpoint: &Checkpoint,
+    backings: &BTreeMap<VolumeId, &dyn Disk>,
+) -> Result<u64> {
+    let mut zone = vec![0; superblock.geometry.patch_bytes as usize];
+    stage.read(PATCH_OFFSET, &mut zone)?;
+    let Some((epoch_end, images)) = decode_patches(&zone, superblock.salt) else { return Ok(0) };
+    if epoch_end <= checkpoint.lsn {
+        return Ok(0);
+    }
+    let mut restored = 0;
+    for image in &images {
+        if let Some(backing) = backings.get(&image.volume) {
+            backing.write(image.offset, &image.bytes)?;
+            restored += 1;
+        }
+    }
+    for (_, backing) in backings.iter().filter(|(id, _)| images.iter().any(|image| image.volume == **id)) {
+        backing.sync()?;
+    }
+    Ok(restored)
+}
+
+/// Puts the bytes of the log's last region into a new arena.
+fn adopt_tail(log: &ScannedLog, arena: &Arena, block_bytes: u32) {
+    let tail = log.regions.last().expect("a log has a region");
+    arena.put(tail.start.seq, 0, &log.tail_image);
+    arena.zero(tail.start.seq, tail.data_end.max(block_bytes), arena.region_bytes());
+}
+
+/// Appends to `log` the records that the arena holds behind its end, and returns their groups, which the committer has to
+/// write. What lies behind them was never accepted; the first LSN of the new incarnation keeps later recoveries from
+/// taking it for a record.
+fn extend_from_arena(
+    log: &mut ScannedLog,
+    arena: &Arena,
+    superblock: &Superblock,
+    indexes: &mut BTreeMap<VolumeId, Index>,
+) -> Vec<ClosedGroup> {
+    let geometry = superblock.geometry;
+    let rules = &rules_of(superblock);
+    let mut closed = Vec::new();
+    let tail = *log.regions.last().expect("a log has a region");
+    // The log's bytes are proven; the arena's copy of them is not.
+    arena.put(tail.start.seq, 0, &log.tail_image);
+    loop {
+        let region = log.regions.last_mut().expect("a log has a region");
+        let seq = region.start.seq;
+        let image = arena.bytes(seq, 0, arena.region_bytes());
+        let mut records = Vec::new();
+        let groups = arena_groups(image, region.data_end, seq, log.next_lsn, rules, &mut records);
+        for group in &groups {
+            let end = group.records_end.next_multiple_of(geometry.block_bytes);
+            closed.push(ClosedGroup {
+                region: seq,
+                write_from: if region.group_count == 0 { 0 } else { group.header_offset },
+                header_offset: group.header_offset,
+                records_end: group.records_end,
+                end,
+                first_lsn: group.first_lsn,
+                record_count: group.record_count,
+                group_seq: log.next_group_seq,
+            });
+            log.next_group_seq += 1;
+            region.group_count += 1;
+            region.record_count += group.record_count;
+            region.data_end = end;
+        }
+        log.next_lsn = log.next_lsn.plus(records.len() as u64);
+        for (record_offset, record) in records {
+            let (lsn, volume, kind, range) = (record.lsn, record.volume, record.kind, record.range);
+            index_record(indexes, &Found { lsn, volume, kind, range, region: seq, record_offset });
+        }
+        if log.regions.len() == geometry.region_count as usize
+            || !goes_on(arena, seq.next(), log.next_lsn, rules)
+        {
+            break;
+        }
+        log.regions.push(RegionState {
+            start: RegionStart {
+                seq: seq.next(),
+                first_lsn: log.next_lsn,
+                first_group_seq: log.next_group_seq,
+            },
+            record_count: 0,
+            group_count: 0,
+            data_end: geometry.block_bytes,
+            durable_end: geometry.block_bytes,
+            resident: true,
+            table: TableState::Missing,
+        });
+    }
+    closed
+}
+
+/// Whether the slot of region `seq` starts with the record `lsn` of that region.
+fn goes_on(arena: &Arena, seq: RegionSeq, lsn: Lsn, rules: &Rules) -> bool {
+    let image = arena.bytes(seq, 0, arena.region_bytes());
+    !arena_groups(image, rules.block_bytes, seq, lsn, rules, &mut Vec::new()).is_empty()
+}

@@ -1,0 +1,369 @@
+//! What the log device says: which regions are live, which records they hold, where the log ends. Reads only.
+
+use crate::base::checksum::crc64;
+use crate::base::{ByteRange, Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
+use crate::format::checkpoint::Checkpoint;
+use crate::format::geometry::{CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, Geometry, checkpoint_offset};
+use crate::format::group::Group;
+use crate::format::record::RecordKind;
+use crate::format::region::{FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo};
+use crate::format::superblock::Superblock;
+use crate::io::Disk;
+use crate::stage::ring::{RegionState, TableState};
+use crate::stage::walk::{Expected, Placed, Rules, later_group, whole_group};
+use zerocopy::FromBytes;
+
+/// How much of a region's end is read at once in the hope that it holds the whole table.
+const TABLE_READ_BYTES: u32 = 64 << 10;
+
+/// A record as recovery needs it: position, not payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Position in the order.
+    pub lsn: Lsn,
+    /// Volume.
+    pub volume: VolumeId,
+    /// Kind.
+    pub kind: RecordKind,
+    /// Bytes of the volume.
+    pub range: ByteRange,
+    /// Region that holds it.
+    pub region: RegionSeq,
+    /// Offset of its header in the region.
+    pub record_offset: u32,
+}
+
+/// The log as found on its device.
+#[derive(Debug)]
+pub struct ScannedLog {
+    /// Checkpoint to start from.
+    pub checkpoint: Checkpoint,
+    /// Live regions, oldest first. Only the last one is resident: its bytes are `tail_image`.
+    pub regions: Vec<RegionState>,
+    /// Bytes of the last region up to its `data_end`.
+    pub tail_image: Vec<u8>,
+    /// LSN after the last record.
+    pub next_lsn: Lsn,
+    /// Sequence number after the last group.
+    pub next_group_seq: u64,
+    /// Bytes of a last group that is not whole.
+    pub torn_bytes: u64,
+    /// Regions read by their table.
+    pub by_table: u64,
+    /// Regions read by scanning.
+    pub by_scan: u64,
+    /// Remarks for people.
+    pub notes: Vec<String>,
+}
+
+/// The rules that a stage's log follows.
+#[must_use]
+pub fn rules_of(superblock: &Superblock) -> Rules {
+    Rules {
+        salt: superblock.salt,
+        block_bytes: superblock.geometry.block_bytes,
+        incarnation: superblock.incarnation,
+        incarnation_group_seq: superblock.incarnation_group_seq,
+        incarnation_lsn: superblock.incarnation_lsn,
+    }
+}
+
+/// All valid checkpoints, newest first.
+pub fn read_checkpoints(disk: &dyn Disk, superblock: &Superblock) -> Result<Vec<Checkpoint>> {
+    let mut slots = vec![0; CHECKPOINT_SLOTS as usize * CHECKPOINT_SLOT_BYTES as usize];
+    disk.read(checkpoint_offset(0), &mut slots)?;
+    let mut found: Vec<Checkpoint> = slots
+        .chunks(CHECKPOINT_SLOT_BYTES as usize)
+        .zip(0..)
+        .filter_map(|(bytes, slot)| Checkpoint::decode(bytes, superblock.salt, slot))
+        .collect();
+    found.sort_by_key(|c| std::cmp::Reverse(c.sequence));
+    Ok(found)
+}
+
+/// Scans the log of a stage. `visit` is told every record from the first live region on, also those at or below the
+/// checkpoint, in LSN order.
+pub fn scan(disk: &dyn Disk, superblock: &Superblock, visit: &mut dyn FnMut(&Found)) -> Result<ScannedLog> {
+    let checkpoint = read_checkpoints(disk, superblock)?.into_iter().next().ok_or_else(|| {
+        Error::new(
+            ErrorKind::Damaged,
+            format!("{}: no checkpoint is valid, so it is not known where the log begins", disk.name()),
+        )
+    })?;
+    let scanner = Scanner { disk, geometry: superblock.geometry, rules: rules_of(superblock) };
+    scanner.scan(checkpoint, visit)
+}
+
+struct Scanner<'a> {
+    disk: &'a dyn Disk,
+    geometry: Geometry,
+    rules: Rules,
+}
+
+impl Scanner<'_> {
+    fn damaged(&self, seq: RegionSeq, offset: u32, what: &str) -> Error {
+        let position = self.geometry.region_offset(seq) + u64::from(offset);
+        Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "{}: damage in the log at byte {position} (region {seq}, offset {offset}): {what}. Nothing was changed. \
+                 Restore the device from a copy; `tidegate inspect` shows what is there",
+                self.disk.name()
+            ),
+        )
+    }
+
+    fn region_starts(&self) -> Result<Vec<Option<RegionStart>>> {
+        let mut bytes = vec![0; self.geometry.block_bytes as usize];
+        (0..self.geometry.region_count)
+            .map(|slot| {
+                self.disk.read(self.geometry.region_offset(RegionSeq(u64::from(slot) + 1)), &mut bytes)?;
+                Ok(RegionStart::decode(&bytes, self.rules.salt, slot, self.geometry.region_count))
+            })
+            .collect()
+    }
+
+    /// The regions that make up the log, oldest first, and the checkpoint to use with them.
+    fn chain(
+        &self,
+        mut checkpoint: Checkpoint,
+        notes: &mut Vec<String>,
+    ) -> Result<(Checkpoint, Vec<RegionStart>)> {
+        let starts = self.region_starts()?;
+        let at = |seq: RegionSeq| {
+            starts[seq.slot(self.geometry.region_count) as usize].filter(|start| start.seq == seq)
+        };
+        let newest = starts.iter().flatten().map(|s| s.seq).max().unwrap_or(RegionSeq(0));
+        let head = checkpoint.head;
+        let mut first = head.seq;
+        if at(first).is_none() {
+            if newest < first {
+                return Ok((checkpoint, vec![head]));
+            }
+            let slot = starts[first.slot(self.geometry.region_count) as usize];
+            if slot.is_none_or(|start| start.seq < first) {
+                return Err(self.damaged(
+                    first,
+                    0,
+                    "the first region of the log is missing, newer ones exist",
+                ));
+            }
+            // The slot was given to a newer region, which happens only after a newer checkpoint, whose slot must have been
+            // damaged since. Everything before the oldest whole region was flushed then, and applying more of the
+            // log than needed, to its end, leads to the same state.
+            first = newest;
+            while first.0 > 1 && at(RegionSeq(first.0 - 1)).is_some() {
+                first = RegionSeq(first.0 - 1);
+            }
+            let start = at(first).expect("the oldest whole region");
+            notes.push(format!(
+                "checkpoint {} is older than the log; the log is used from its oldest region {first} on",
+                checkpoint.sequence
+            ));
+            checkpoint.lsn = checkpoint.lsn.max(Lsn(start.first_lsn.0 - 1));
+            checkpoint.head = start;
+        } else if at(first) != Some(head) {
+            return Err(self.damaged(first, 0, "the region does not start where the checkpoint says"));
+        }
+        let mut chain = Vec::new();
+        while let Some(start) = at(first) {
+            chain.push(start);
+            first = first.next();
+        }
+        if newest >= first {
+            let what = format!("the region is missing, but region {newest} exists");
+            return Err(self.damaged(first, 0, &what));
+        }
+        Ok((checkpoint, chain))
+    }
+
+    fn scan(&self, checkpoint: Checkpoint, visit: &mut dyn FnMut(&Found)) -> Result<ScannedLog> {
+        let mut notes = Vec::new();
+        let (checkpoint, chain) = self.chain(checkpoint, &mut notes)?;
+        let mut log = ScannedLog {
+            checkpoint,
+            regions: Vec::with_capacity(chain.len()),
+            tail_image: Vec::new(),
+            next_lsn: chain[0].first_lsn,
+            next_group_seq: chain[0].first_group_seq,
+            torn_bytes: 0,
+            by_table: 0,
+            by_scan: 0,
+            notes,
+        };
+        for (i, &start) in chain.iter().enumerate() {
+            if start.first_lsn != log.next_lsn || start.first_group_seq != log.next_group_seq {
+                let what =
+                    format!("the region starts at LSN {}, expected was {}", start.first_lsn, log.next_lsn);
+                return Err(self.damaged(start.seq, 0, &what));
+            }
+            let next = chain.get(i + 1);
+            let region = match next.map(|next| self.read_table(start, next, visit)).transpose()?.flatten() {
+                Some(region) => {
+                    log.by_table += 1;
+                    region
+                }
+                None => {
+                    log.by_scan += 1;
+                    self.read_groups(start, next, &mut log, visit)?
+                }
+            };
+            log.next_lsn = region.last_lsn().next();
+            log.next_group_seq = start.first_group_seq + u64::from(region.group_count);
+            log.regions.push(region);
+        }
+        if log.next_lsn <= log.checkpoint.lsn {
+            let last = chain.last().expect("a log has a region").seq;
+            let what = format!(
+                "the log ends at LSN {}, but everything up to LSN {} was flushed from it",
+                log.next_lsn.0 - 1,
+                log.checkpoint.lsn
+            );
+            return Err(self.damaged(last, log.regions.last().expect("a region").data_end, &what));
+        }
+        Ok(log)
+    }
+
+    /// Reads a full region by its table. `None` if the table is not valid or does not lead to `next`.
+    fn read_table(
+        &self,
+        start: RegionStart,
+        next: &RegionStart,
+        visit: &mut dyn FnMut(&Found),
+    ) -> Result<Option<RegionState>> {
+        let (region_bytes, block_bytes) = (self.geometry.region_bytes, self.geometry.block_bytes);
+        let offset = self.geometry.region_offset(start.seq);
+        let mut bytes = vec![0; TABLE_READ_BYTES.min(region_bytes) as usize];
+        self.disk.read(offset + u64::from(region_bytes) - bytes.len() as u64, &mut bytes)?;
+        let footer = &bytes[bytes.len() - FOOTER_BYTES as usize..];
+        let Some(info) = TableInfo::decode(footer, self.rules.salt, start, region_bytes, block_bytes) else {
+            return Ok(None);
+        };
+        let complete = start.first_lsn.plus(u64::from(info.entry_count)) == next.first_lsn
+            && start.first_group_seq + u64::from(info.group_count) == next.first_group_seq;
+        if !complete {
+            return Ok(None);
+        }
+        let table_offset = info.table_offset(region_bytes, block_bytes);
+        let missing = (region_bytes - table_offset) as usize;
+        if missing > bytes.len() {
+            bytes.resize(missing, 0);
+            self.disk.read(offset + u64::from(table_offset), &mut bytes)?;
+        }
+        let from = bytes.len() - missing;
+        let table = &bytes[from..from + (info.entry_count * TABLE_ENTRY_BYTES) as usize];
+        if crc64(table) != info.table_checksum {
+            return Ok(None);
+        }
+        let mut found = Vec::with_capacity(info.entry_count as usize);
+        for (i, entry) in table.chunks_exact(TABLE_ENTRY_BYTES as usize).enumerate() {
+            let entry = TableEntry::read_from_bytes(entry).expect("a chunk has the size of an entry");
+            let end = u64::from(entry.record_offset.get()) + 64 + u64::from(entry.payload_bytes.get());
+            let Some((kind, range)) = entry.parts().filter(|_| end <= u64::from(info.data_end)) else {
+                return Ok(None);
+            };
+            let lsn = start.first_lsn.plus(i as u64);
+            let record_offset = entry.record_offset.get();
+            found.push(Found { lsn, volume: entry.volume(), kind, range, region: start.seq, record_offset });
+        }
+        found.iter().for_each(visit);
+        Ok(Some(RegionState {
+            start,
+            record_count: info.entry_count,
+            group_count: info.group_count,
+            data_end: info.data_end,
+            durable_end: info.data_end,
+            resident: false,
+            table: TableState::Written,
+        }))
+    }
+
+    /// Reads a region group by group, checking everything. The last region may end anywhere; another must lead to `next`.
+    fn read_groups(
+        &self,
+        start: RegionStart,
+        next: Option<&RegionStart>,
+        log: &mut ScannedLog,
+        visit: &mut dyn FnMut(&Found),
+    ) -> Result<RegionState> {
+        let mut image = vec![0; self.geometry.region_bytes as usize];
+        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
+        let walked = walk_region(&image, start, &self.rules);
+        let expected_end = next.is_none_or(|next| {
+            walked.next.first_lsn == next.first_lsn && walked.next.group_seq == next.first_group_seq
+        });
+        if !expected_end {
+            let what = format!("group {} is invalid, but newer ones exist", walked.next.group_seq);
+            return Err(self.damaged(start.seq, walked.data_end, &what));
+        }
+        if next.is_none() {
+            let seq = walked.next.group_seq;
+            if let Some((at, group)) = later_group(&image, walked.data_end, start.seq, seq, &self.rules) {
+                let what =
+                    format!("group {seq} is invalid, but group {} at offset {at} exists", group.group_seq);
+                return Err(self.damaged(start.seq, walked.data_end, &what));
+            }
+            log.torn_bytes = image
+                .get(walked.data_end as usize..)
+                .and_then(|bytes| Group::decode(bytes, self.rules.salt))
+                .filter(|group| group.region == start.seq && group.group_seq == seq)
+                .map_or(0, |group| u64::from(group.group_bytes));
+            image.truncate(walked.data_end as usize);
+            log.tail_image = image;
+        }
+        for (record_offset, record) in &walked.records {
+            visit(&Found {
+                lsn: record.lsn,
+                volume: record.volume,
+                kind: record.kind,
+                range: record.range,
+                region: start.seq,
+                record_offset: *record_offset,
+            });
+        }
+        Ok(RegionState {
+            start,
+            record_count: walked.records.len() as u32,
+            group_count: walked.group_count,
+            data_end: walked.data_end,
+            durable_end: walked.data_end,
+            resident: next.is_none(),
+            table: TableState::Missing,
+        })
+    }
+}
+
+/// The valid groups of a region.
+#[derive(Debug)]
+pub struct WalkedRegion {
+    /// Their records.
+    pub records: Vec<Placed>,
+    /// Their number.
+    pub group_count: u32,
+    /// End of the last one.
+    pub data_end: u32,
+    /// What should have followed.
+    pub next: Expected,
+    /// The newest checkpoint that a group header speaks of.
+    pub checkpoint_lsn: Lsn,
+}
+
+/// Walks the valid groups of a region's bytes, checking everything.
+#[must_use]
+pub fn walk_region(image: &[u8], start: RegionStart, rules: &Rules) -> WalkedRegion {
+    let mut walked = WalkedRegion {
+        records: Vec::new(),
+        group_count: 0,
+        data_end: rules.block_bytes,
+        next: Expected { region: start.seq, group_seq: start.first_group_seq, first_lsn: start.first_lsn },
+        checkpoint_lsn: Lsn::ZERO,
+    };
+    while let Some(group) = whole_group(image, walked.data_end, walked.next, rules, &mut walked.records) {
+        walked.group_count += 1;
+        walked.data_end += group.group_bytes;
+        walked.next.group_seq += 1;
+        walked.next.first_lsn = group.first_lsn.plus(u64::from(group.record_count));
+        walked.checkpoint_lsn = walked.checkpoint_lsn.max(group.checkpoint_lsn);
+    }
+    walked
+}

@@ -1,0 +1,310 @@
+//! The arena: the regions in memory, in a named shared-memory file that outlives the process (P4).
+//!
+//! Who may touch which bytes:
+//! - the bytes of a claimed place belong to the holder of its [`Slot`] until it publishes; the ring hands out disjoint
+//!   slots and each slot is a value that exists once;
+//! - the headers and padding of a closed group belong to whoever holds the group for writing (one at a time: the
+//!   committer), until the group is durable;
+//! - table and footer of a full region belong to the sealer while the region's table state says `Writing`;
+//! - a region that is not resident belongs to the loader;
+//! - every other byte of a live region is immutable: published records are only read. A slot is handed to a new region
+//!   only after its old one was reclaimed, which waits until no reader has it pinned.
+//!
+//! The methods below are the only access and are `pub(crate)`: the rules above are what makes them sound.
+#![expect(unsafe_code, reason = "maps shared memory and hands out disjoint parts of it")]
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::ring::{ClosedGroup, Slot};
+use crate::base::{Error, ErrorKind, RegionSeq, Result};
+use crate::format::arena::{ARENA_HEADER_BYTES, ArenaIdentity};
+use crate::format::record::record_bytes;
+use crate::io::op::SharedMemory;
+use zerocopy::IntoBytes;
+
+/// A mapped arena.
+pub struct Arena {
+    base: *mut u8,
+    len: usize,
+    region_bytes: u32,
+    region_count: u32,
+    /// Readers that use bytes of a slot, per slot: such a slot is not given to a new region.
+    pins: Vec<AtomicU32>,
+    path: Option<PathBuf>,
+}
+
+// SAFETY: `base` points to a mapping that lives as long as the value; who may touch which part from which thread is
+// ruled by the module's header, not by the pointer.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arena({} regions of {} bytes)", self.region_count, self.region_bytes)
+    }
+}
+
+impl SharedMemory for Arena {
+    fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    fn len_bytes(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this address and length, and nothing borrows it any more.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// Keeps the slot of a region from being given away while it is read.
+#[derive(Debug)]
+pub struct Pin<'a>(&'a AtomicU32);
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl Arena {
+    /// Name of the arena file of a stage's arena id below `dir`.
+    #[must_use]
+    pub fn path_in(dir: &Path, identity: &ArenaIdentity) -> PathBuf {
+        dir.join(format!("{}-{:016x}.arena", identity.stage_uuid, identity.arena_id))
+    }
+
+    /// Creates the file for `identity` below `dir` and maps it. The file appears under its name only when it is whole.
+    pub fn create(dir: &Path, identity: &ArenaIdentity, salt: u64) -> Result<Arena> {
+        let path = Arena::path_in(dir, identity);
+        let context = |what: &str| format!("cannot {what} arena file {}", path.display());
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(context("create the folder of"), e))?;
+        let temporary = path.with_extension("new");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)
+            .map_err(|e| Error::io(context("create"), e))?;
+        let built = Arena::fill_new(&file, identity, salt, &path).and_then(|arena| {
+            match std::fs::rename(&temporary, &path) {
+                Ok(()) => Ok(arena),
+                Err(e) => Err(Error::io(context("rename"), e)),
+            }
+        });
+        if built.is_err() {
+            let _ = std::fs::remove_file(&temporary);
+        }
+        built
+    }
+
+    fn fill_new(file: &File, identity: &ArenaIdentity, salt: u64, path: &Path) -> Result<Arena> {
+        let len = Arena::file_bytes(identity);
+        // Pages are allocated now: a store into a page that tmpfs cannot provide would kill the process later.
+        nix::fcntl::posix_fallocate(file, 0, len as i64).map_err(|e| {
+            Error::io(
+                format!(
+                    "cannot reserve {len} bytes of shared memory for arena {}; free memory, enlarge the tmpfs or use a \
+                     smaller stage",
+                    path.display()
+                ),
+                e.into(),
+            )
+        })?;
+        let arena = Arena::map(file, identity, Some(path.to_path_buf()))?;
+        let image = identity.encode(salt);
+        // SAFETY: nobody else knows the new mapping; the header fits it.
+        unsafe { std::ptr::copy_nonoverlapping(image.as_bytes().as_ptr(), arena.base, ARENA_HEADER_BYTES) };
+        Ok(arena)
+    }
+
+    /// Maps the existing file of `identity` below `dir`; `None` if there is none, an error if it is not that arena.
+    pub fn open(dir: &Path, identity: &ArenaIdentity, salt: u64) -> Result<Option<Arena>> {
+        let path = Arena::path_in(dir, identity);
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(format!("cannot open arena file {}", path.display()), e)),
+        };
+        let bytes =
+            file.metadata().map_err(|e| Error::io(format!("cannot stat arena {}", path.display()), e))?.len();
+        let wrong =
+            || Error::new(ErrorKind::Damaged, format!("arena file {} is not this stage's", path.display()));
+        if bytes != Arena::file_bytes(identity) as u64 {
+            return Err(wrong());
+        }
+        let arena = Arena::map(&file, identity, Some(path.clone()))?;
+        // SAFETY: the header is within the mapping and nobody writes to it once the file has its name.
+        let header = unsafe { std::slice::from_raw_parts(arena.base, ARENA_HEADER_BYTES) };
+        if ArenaIdentity::decode(header, salt) != Some(*identity) {
+            return Err(wrong());
+        }
+        Ok(Some(arena))
+    }
+
+    /// Arena without a file, for simulations and measurements: it lives as long as the value.
+    pub fn anonymous(identity: &ArenaIdentity) -> Result<Arena> {
+        let name = c"tidegate-arena";
+        let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+            .map_err(|e| Error::io("cannot create anonymous shared memory", e.into()))?;
+        let file = File::from(fd);
+        file.set_len(Arena::file_bytes(identity) as u64)
+            .map_err(|e| Error::io("cannot size anonymous shared memory", e))?;
+        Arena::map(&file, identity, None)
+    }
+
+    fn file_bytes(identity: &ArenaIdentity) -> usize {
+        ARENA_HEADER_BYTES + identity.region_bytes as usize * identity.region_count as usize
+    }
+
+    fn map(file: &File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
+        use std::os::fd::AsRawFd;
+        let len = Arena::file_bytes(identity);
+        // SAFETY: a fresh shared mapping at an address of the kernel's choice; the descriptor is open.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(Error::io(
+                format!("cannot map {len} bytes of arena"),
+                std::io::Error::last_os_error(),
+            ));
+        }
+        Ok(Arena {
+            base: base.cast(),
+            len,
+            region_bytes: identity.region_bytes,
+            region_count: identity.region_count,
+            pins: (0..identity.region_count).map(|_| AtomicU32::new(0)).collect(),
+            path,
+        })
+    }
+
+    /// Removes the arena's file; the mapping stays usable.
+    pub fn unlink(&self) -> Result<()> {
+        match &self.path {
+            Some(path) => std::fs::remove_file(path)
+                .map_err(|e| Error::io(format!("cannot remove arena file {}", path.display()), e)),
+            None => Ok(()),
+        }
+    }
+
+    /// Offset of byte `offset` of region `seq` within the mapping.
+    #[must_use]
+    pub fn position(&self, seq: RegionSeq, offset: u32) -> usize {
+        assert!(offset <= self.region_bytes);
+        ARENA_HEADER_BYTES
+            + seq.slot(self.region_count) as usize * self.region_bytes as usize
+            + offset as usize
+    }
+
+    /// Size of a region in bytes.
+    #[must_use]
+    pub fn region_bytes(&self) -> u32 {
+        self.region_bytes
+    }
+
+    /// Pins the slot of region `seq`. Call while the region is known to be live (under the core's lock).
+    #[must_use]
+    pub fn pin(&self, seq: RegionSeq) -> Pin<'_> {
+        let pins = &self.pins[seq.slot(self.region_count) as usize];
+        pins.fetch_add(1, Ordering::Relaxed);
+        Pin(pins)
+    }
+
+    /// Pins without a guard; undone by [`Arena::unpin`].
+    pub(crate) fn pin_raw(&self, seq: RegionSeq) {
+        self.pins[seq.slot(self.region_count) as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Undoes one [`Arena::pin_raw`].
+    pub(crate) fn unpin(&self, seq: RegionSeq) {
+        let before = self.pins[seq.slot(self.region_count) as usize].fetch_sub(1, Ordering::Release);
+        assert!(before > 0, "unpinned more often than pinned");
+    }
+
+    /// Whether somebody reads from the slot of region `seq`.
+    pub(crate) fn is_pinned(&self, seq: RegionSeq) -> bool {
+        self.pins[seq.slot(self.region_count) as usize].load(Ordering::Acquire) > 0
+    }
+
+    /// The bytes of a claimed place: header, payload and padding.
+    #[expect(clippy::mut_from_ref, reason = "the unique slot is the exclusive right to these bytes")]
+    pub(crate) fn slot_bytes<'a>(&'a self, slot: &'a mut Slot) -> &'a mut [u8] {
+        let len = record_bytes(slot.payload_bytes());
+        assert!(slot.offset() + len <= self.region_bytes);
+        // SAFETY: in bounds by the assertion; exclusive because slots are disjoint and this one is borrowed mutably.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.base.add(self.position(slot.region(), slot.offset())),
+                len as usize,
+            )
+        }
+    }
+
+    /// Puts the headers of a group that is about to be written in place and zeroes its padding.
+    pub(crate) fn write_group_headers(
+        &self,
+        group: &ClosedGroup,
+        region_header: Option<&[u8]>,
+        header: &[u8],
+    ) {
+        assert!(group.records_end <= group.end && group.end <= self.region_bytes);
+        let put = |offset: u32, bytes: &[u8]| {
+            assert!(offset as usize + bytes.len() <= group.end as usize);
+            // SAFETY: in bounds; these bytes belong to the committer, who holds the group.
+            unsafe {
+                let target = self.base.add(self.position(group.region, offset));
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+            }
+        };
+        if let Some(bytes) = region_header {
+            self.zero(group.region, 0, group.header_offset);
+            put(0, bytes);
+        }
+        put(group.header_offset, header);
+        self.zero(group.region, group.records_end, group.end);
+    }
+
+    /// Zeroes `from..to` of region `seq`, which the caller owns by the rules in the module's header.
+    pub(crate) fn zero(&self, seq: RegionSeq, from: u32, to: u32) {
+        assert!(from <= to && to <= self.region_bytes);
+        // SAFETY: in bounds by the assertion; ownership is the caller's.
+        unsafe { std::ptr::write_bytes(self.base.add(self.position(seq, from)), 0, (to - from) as usize) };
+    }
+
+    /// Copies `bytes` to `offset` of region `seq`, which the caller owns by the rules in the module's header.
+    pub(crate) fn put(&self, seq: RegionSeq, offset: u32, bytes: &[u8]) {
+        assert!(offset as usize + bytes.len() <= self.region_bytes as usize);
+        // SAFETY: in bounds by the assertion; ownership is the caller's.
+        unsafe {
+            let target = self.base.add(self.position(seq, offset));
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+        }
+    }
+
+    /// Bytes `from..to` of region `seq`: published records and what surrounds them, immutable while the region is live.
+    pub(crate) fn bytes(&self, seq: RegionSeq, from: u32, to: u32) -> &[u8] {
+        assert!(from <= to && to <= self.region_bytes);
+        // SAFETY: in bounds by the assertion; immutable by the rules in the module's header.
+        unsafe { std::slice::from_raw_parts(self.base.add(self.position(seq, from)), (to - from) as usize) }
+    }
+}

@@ -1,0 +1,466 @@
+//! The core: every decision about claims, publishing, commit, acknowledgement, reads and reclaim, in one value without
+//! I/O. The running engine keeps it behind one lock that is held for decisions only; the simulator owns it directly.
+//!
+//! Decisions come out as [`Outcome`]s, gathered in a list that the caller takes with [`Core::take_outcomes`] and carries
+//! out after it has let go of the lock.
+//!
+//! Life of a write:
+//! ```text
+//!  claim ──▶ Slot (LSN fixed) ──▶ filled by its holder ──▶ publish ──▶ prefix advances ──▶ index, memory ack
+//!    │ full                                                               │
+//!    ▼                                                                    ▼
+//!  waits, in order ──▶ Outcome::Claimed                       group written ──▶ durable ──▶ log ack, flush ack
+//! ```
+//!
+//! Invariants (asserted here or in the parts):
+//! - C1 an acknowledgement is given only for records in the published prefix, and one that promises durability only for
+//!   records at or below the durable LSN;
+//! - C2 checkpoint ≤ durable ≤ published < next LSN;
+//! - C3 the index holds a byte's newest record above the checkpoint; below it the backing holds it;
+//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::commit::Committer;
+use super::index::{Extent, Index, Source};
+use super::ring::{ClosedGroup, Ring, Slot};
+use super::window::Window;
+use crate::base::limits::INDEX_EXTENTS_MAX;
+use crate::base::{Lsn, RegionSeq, VolumeId};
+use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
+use crate::format::volume_entry::OnLogError;
+use crate::io::Errno;
+
+/// In `memory` ack the open group is written once it holds this much, if nobody asks for durability before.
+const LAZY_GROUP_BYTES: u32 = 256 << 10;
+
+/// A door of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DoorId(pub u32);
+
+/// Who waits for a record, and for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ack {
+    /// The door.
+    pub door: DoorId,
+    /// Its request.
+    pub tag: u32,
+    /// Whether it waits for durability or only for the published prefix.
+    pub durable: bool,
+    /// What to do when the log device fails.
+    pub on_log_error: OnLogError,
+}
+
+/// What is to be done now that a decision was taken.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Complete a request.
+    Complete {
+        /// Its door.
+        door: DoorId,
+        /// The request.
+        tag: u32,
+        /// Its result.
+        result: Result<(), Errno>,
+    },
+    /// A request that waited for space has its place.
+    Claimed {
+        /// Its door.
+        door: DoorId,
+        /// The request.
+        tag: u32,
+        /// The place.
+        slot: Slot,
+    },
+    /// A request that was refused while waiting for space.
+    Refused {
+        /// Its door.
+        door: DoorId,
+        /// The request.
+        tag: u32,
+        /// Why.
+        errno: Errno,
+    },
+    /// A read that waited for a region can be tried again.
+    RetryRead {
+        /// Its door.
+        door: DoorId,
+        /// The request.
+        tag: u32,
+    },
+    /// Write a group to the log device, durably, and report with [`Core::log_written`].
+    WriteLog(ClosedGroup),
+    /// The background has something to do.
+    KickBackground,
+}
+
+/// Answer to a claim.
+#[derive(Debug)]
+pub enum Claim {
+    /// The place.
+    Slot(Slot),
+    /// It waits; [`Outcome::Claimed`] or [`Outcome::Refused`] follows.
+    Wait,
+    /// Not now.
+    Refused(Errno),
+}
+
+/// What a publisher tells of a record.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Published {
+    record: Record,
+    region: RegionSeq,
+    payload_offset: u32,
+    ack: Option<Ack>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct DurableWait {
+    lsn: Lsn,
+    ack: Ack,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct SpaceWait {
+    door: DoorId,
+    tag: u32,
+    payload_bytes: u32,
+    on_log_error: OnLogError,
+}
+
+/// Counters since the core was made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Records published.
+    pub records: u64,
+    /// Their payload bytes.
+    pub record_bytes: u64,
+    /// Groups durable.
+    pub groups: u64,
+    /// Bytes written to the log.
+    pub log_bytes: u64,
+    /// Claims that had to wait.
+    pub space_waits: u64,
+    /// Failed log writes.
+    pub log_errors: u64,
+}
+
+/// The core.
+#[derive(Debug)]
+pub struct Core {
+    pub(super) ring: Ring,
+    window: Window<Published>,
+    pub(super) committer: Committer,
+    pub(super) indexes: BTreeMap<VolumeId, Index>,
+    pub(super) extent_count: usize,
+    pub(super) checkpoint: Lsn,
+    durable_waits: VecDeque<DurableWait>,
+    space_waits: VecDeque<SpaceWait>,
+    pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
+    /// Somebody wants everything up to here durable.
+    commit_to: Lsn,
+    /// Set when damage was found: nothing more is accepted.
+    pub(super) damaged: bool,
+    pub(super) kicked: bool,
+    pub(super) high_regions: u32,
+    outcomes: Vec<Outcome>,
+    /// Counters.
+    pub counters: Counters,
+}
+
+/// What a new core starts from.
+#[derive(Debug)]
+pub struct CoreStart {
+    /// The log.
+    pub ring: Ring,
+    /// Everything up to here is durable on the log.
+    pub durable: Lsn,
+    /// Everything up to here is on the backings.
+    pub checkpoint: Lsn,
+    /// One index per volume.
+    pub indexes: BTreeMap<VolumeId, Index>,
+}
+
+impl Core {
+    /// Core of a log that was opened.
+    #[must_use]
+    pub fn new(start: CoreStart) -> Core {
+        let next = start.ring.next_lsn();
+        assert!(start.checkpoint <= start.durable && start.durable < next, "C2");
+        let region_count = start.ring.geometry().region_count;
+        Core {
+            window: Window::new(next),
+            committer: Committer::new(start.durable),
+            extent_count: start.indexes.values().map(Index::extent_count).sum(),
+            indexes: start.indexes,
+            checkpoint: start.checkpoint,
+            durable_waits: VecDeque::new(),
+            space_waits: VecDeque::new(),
+            cold_reads: Vec::new(),
+            // Records that were found in the arena only go to the log at once.
+            commit_to: Lsn(next.0 - 1),
+            damaged: false,
+            kicked: false,
+            high_regions: (region_count / 2).max(2),
+            outcomes: Vec::new(),
+            counters: Counters::default(),
+            ring: start.ring,
+        }
+    }
+
+    /// Moves the outcomes gathered so far to the end of `into`.
+    pub fn take_outcomes(&mut self, into: &mut Vec<Outcome>) {
+        into.append(&mut self.outcomes);
+    }
+
+    /// Claims a place for a record with `payload_bytes` on behalf of a request.
+    pub fn claim(&mut self, door: DoorId, tag: u32, payload_bytes: u32, on_log_error: OnLogError) -> Claim {
+        if self.damaged {
+            return Claim::Refused(Errno::EIO);
+        }
+        if self.committer.has_failed() && on_log_error == OnLogError::Fail {
+            return Claim::Refused(Errno::EIO);
+        }
+        if self.space_waits.is_empty()
+            && let Some(slot) = self.try_claim(payload_bytes)
+        {
+            return Claim::Slot(slot);
+        }
+        self.counters.space_waits += 1;
+        self.space_waits.push_back(SpaceWait { door, tag, payload_bytes, on_log_error });
+        self.kick();
+        Claim::Wait
+    }
+
+    fn try_claim(&mut self, payload_bytes: u32) -> Option<Slot> {
+        // Each record adds at most two extents: itself and a split of another.
+        let extents = self.extent_count + 2 * (self.window.len() + 1);
+        if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX {
+            return None;
+        }
+        let regions = self.ring.regions().len();
+        let was_idle = self.ring.next_lsn() == self.checkpoint.next();
+        let slot = self.ring.claim(payload_bytes)?;
+        self.window.claimed(slot.lsn());
+        if was_idle || self.ring.regions().len() != regions {
+            self.kick();
+        }
+        Some(slot)
+    }
+
+    /// Gives freed space to those who wait for it, in order.
+    pub(super) fn serve_space_waits(&mut self) {
+        while let Some(&wait) = self.space_waits.front() {
+            let failed = self.committer.has_failed() && wait.on_log_error == OnLogError::Fail;
+            if self.damaged || failed {
+                self.outcomes.push(Outcome::Refused { door: wait.door, tag: wait.tag, errno: Errno::EIO });
+            } else if let Some(slot) = self.try_claim(wait.payload_bytes) {
+                self.outcomes.push(Outcome::Claimed { door: wait.door, tag: wait.tag, slot });
+            } else {
+                break;
+            }
+            self.space_waits.pop_front();
+        }
+    }
+
+    /// Takes over a filled place. `record` is what its header says.
+    pub fn publish(&mut self, slot: Slot, record: Record, ack: Option<Ack>) {
+        assert!(
+            record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(),
+            "the slot's record"
+        );
+        let published =
+            Published { record, region: slot.region(), payload_offset: slot.payload_offset(), ack };
+        self.window.published(slot.lsn(), published);
+        while let Some(published) = self.window.advance() {
+            self.accept(published);
+        }
+    }
+
+    fn accept(&mut self, published: Published) {
+        let Published { record, region, payload_offset, ack } = published;
+        self.counters.records += 1;
+        self.counters.record_bytes += u64::from(record.payload_bytes);
+        if let Some(source) = source_of(record.kind, region, payload_offset)
+            && let Some(index) = self.indexes.get_mut(&record.volume)
+        {
+            let before = index.extent_count();
+            index.insert(Extent { range: record.range, lsn: record.lsn, source });
+            self.extent_count = self.extent_count + index.extent_count() - before;
+        }
+        match ack {
+            Some(ack) if ack.durable => self.durable_waits.push_back(DurableWait { lsn: record.lsn, ack }),
+            Some(ack) => {
+                self.outcomes.push(Outcome::Complete { door: ack.door, tag: ack.tag, result: Ok(()) });
+            }
+            None => {}
+        }
+    }
+
+    /// Completes the request of `ack` once everything published so far is durable.
+    pub fn flush(&mut self, ack: Ack) {
+        let lsn = self.published();
+        if self.damaged || (self.committer.has_failed() && ack.on_log_error == OnLogError::Fail) {
+            self.outcomes.push(Outcome::Complete { door: ack.door, tag: ack.tag, result: Err(Errno::EIO) });
+        } else if lsn <= self.durable() {
+            self.outcomes.push(Outcome::Complete { door: ack.door, tag: ack.tag, result: Ok(()) });
+        } else {
+            self.durable_waits.push_back(DurableWait { lsn, ack });
+        }
+    }
+
+    /// Asks for everything published so far to become durable without anybody being told.
+    pub fn request_commit(&mut self) {
+        self.commit_to = self.published();
+    }
+
+    /// Starts the next log write if one is due. Call after a batch of publishes and after each write.
+    pub fn pump_commit(&mut self) {
+        let wanted = self.durable_waits.back().map_or(Lsn::ZERO, |w| w.lsn).max(self.commit_to);
+        let close_open = wanted > self.durable() || self.ring.open_group_bytes() >= LAZY_GROUP_BYTES;
+        let published = self.published();
+        if let Some(group) = self.committer.next(&mut self.ring, published, close_open) {
+            self.outcomes.push(Outcome::WriteLog(group));
+        }
+    }
+
+    /// Takes the result of the log write in flight.
+    pub fn log_written(&mut self, group: &ClosedGroup, result: Result<(), Errno>) {
+        if self.committer.written(result.is_ok()) {
+            self.counters.groups += 1;
+            self.counters.log_bytes += u64::from(group.end - group.write_from);
+            self.ring.region_mut(group.region).expect("P1: a region lives until it is flushed").durable_end =
+                group.end;
+            let durable = self.durable();
+            while let Some(wait) = self.durable_waits.front().copied().filter(|w| w.lsn <= durable) {
+                self.durable_waits.pop_front();
+                let (door, tag) = (wait.ack.door, wait.ack.tag);
+                self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
+            }
+            self.serve_space_waits();
+            if self.sealed_region_needs_table() || self.above_high_mark() {
+                self.kick();
+            }
+            self.pump_commit();
+            return;
+        }
+        self.counters.log_errors += 1;
+        // Requests whose volume prefers errors are told; their records stay and are written when the device works again,
+        // which is within what a failed write may do.
+        let outcomes = &mut self.outcomes;
+        self.durable_waits.retain(|wait| {
+            let fail = wait.ack.on_log_error == OnLogError::Fail;
+            if fail {
+                let (door, tag) = (wait.ack.door, wait.ack.tag);
+                outcomes.push(Outcome::Complete { door, tag, result: Err(Errno::EIO) });
+            }
+            !fail
+        });
+        self.serve_space_waits();
+        self.kick();
+    }
+
+    /// Writes the failed group again, if there is one.
+    pub fn retry_log(&mut self) {
+        if let Some(group) = self.committer.retry() {
+            self.outcomes.push(Outcome::WriteLog(group));
+        }
+    }
+
+    /// Damage was found: nothing more is accepted, everybody who waits is told.
+    pub fn refuse_everything(&mut self) {
+        self.damaged = true;
+        for wait in self.durable_waits.drain(..) {
+            let (door, tag) = (wait.ack.door, wait.ack.tag);
+            self.outcomes.push(Outcome::Complete { door, tag, result: Err(Errno::EIO) });
+        }
+        self.serve_space_waits();
+        for (_, door, tag) in std::mem::take(&mut self.cold_reads) {
+            self.outcomes.push(Outcome::RetryRead { door, tag });
+        }
+    }
+
+    /// Asks for the background, once until it came.
+    pub(super) fn kick(&mut self) {
+        if !self.kicked {
+            self.kicked = true;
+            self.outcomes.push(Outcome::KickBackground);
+        }
+    }
+
+    /// The background is here.
+    pub fn background_came(&mut self) {
+        self.kicked = false;
+    }
+
+    /// Everything up to here is published without a gap.
+    #[must_use]
+    pub fn published(&self) -> Lsn {
+        self.window.prefix()
+    }
+
+    /// Everything up to here is durable on the log device.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        self.committer.durable()
+    }
+
+    /// Everything up to here is on the backings.
+    #[must_use]
+    pub fn checkpoint(&self) -> Lsn {
+        self.checkpoint
+    }
+
+    /// The newest LSN given out.
+    #[must_use]
+    pub fn claimed(&self) -> Lsn {
+        Lsn(self.ring.next_lsn().0 - 1)
+    }
+
+    /// Whether the log device fails.
+    #[must_use]
+    pub fn log_has_failed(&self) -> bool {
+        self.committer.has_failed()
+    }
+
+    /// Requests that wait for space.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.space_waits.len()
+    }
+
+    /// The ring, to look at.
+    #[must_use]
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Extents in all indexes.
+    #[must_use]
+    pub fn extent_count(&self) -> usize {
+        self.extent_count
+    }
+
+    /// Whether damage was found.
+    #[must_use]
+    pub fn is_damaged(&self) -> bool {
+        self.damaged
+    }
+}
+
+/// What the index keeps of a record; `None` for kinds that change nothing.
+#[must_use]
+pub fn source_of(kind: RecordKind, region: RegionSeq, payload_offset: u32) -> Option<Source> {
+    match kind {
+        RecordKind::Write => Some(Source::Data { region, offset: payload_offset }),
+        RecordKind::WriteZeroes => Some(Source::Zero),
+        RecordKind::Discard => Some(Source::Discard),
+        RecordKind::Marker | RecordKind::Void => None,
+    }
+}
+
+/// Offset of the payload of the record whose header is at `record_offset`.
+#[must_use]
+pub fn payload_offset(record_offset: u32) -> u32 {
+    record_offset + RECORD_HEADER_BYTES
+}

@@ -1,0 +1,12 @@
+//! The stage: arena, claims, publishing, commit, index, reclaim.
+
+pub mod arena;
+pub mod commit;
+pub mod core;
+pub mod index;
+pub mod ring;
+pub mod serve;
+pub mod walk;
+pub mod window;
+
+pub use index::{Extent, Index, Lookup, Piece, Source};

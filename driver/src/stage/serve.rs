@@ -1,0 +1,262 @@
+//! The other half of the core: reads, regions coming and going, flush epochs. See `core.rs` for the rules.
+
+use super::arena::Arena;
+use super::core::{Core, DoorId, Outcome};
+use super::index::{Index, Source};
+use super::ring::{RegionState, TableState};
+use crate::base::limits::INDEX_EXTENTS_MAX;
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
+use crate::format::region::RegionStart;
+
+/// Most records that one epoch takes: bounds the flush plan's memory.
+pub const EPOCH_RECORDS_MAX: u32 = 64 << 10;
+
+/// Where bytes of a read come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadSource {
+    /// From the arena.
+    Stage {
+        /// Region.
+        region: RegionSeq,
+        /// Offset in the region.
+        offset: u32,
+    },
+    /// Zeroes.
+    Zero,
+    /// From the backing.
+    Backing,
+}
+
+/// A part of a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadPiece {
+    /// Bytes of the volume.
+    pub range: ByteRange,
+    /// Where they are.
+    pub source: ReadSource,
+}
+
+/// A flush epoch: records above `from` up to `to`, in regions `first..=last`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// The checkpoint so far.
+    pub from: Lsn,
+    /// The checkpoint to be.
+    pub to: Lsn,
+    /// First region with such records.
+    pub first: RegionSeq,
+    /// Last region with such records.
+    pub last: RegionSeq,
+}
+
+impl Core {
+    /// Looks up where the bytes of `range` are, as pieces in order. Regions named in them are pinned in `arena` once per
+    /// piece. `false`: a region is not in memory yet; nothing is pinned, and the request is told when it can try
+    /// again.
+    pub fn read(
+        &mut self,
+        arena: &Arena,
+        (door, tag): (DoorId, u32),
+        volume: VolumeId,
+        range: ByteRange,
+        pieces: &mut Vec<ReadPiece>,
+    ) -> bool {
+        pieces.clear();
+        let Some(index) = self.indexes.get(&volume) else {
+            pieces.push(ReadPiece { range, source: ReadSource::Backing });
+            return true;
+        };
+        for piece in index.lookup(range) {
+            let source = match piece.hit {
+                None => ReadSource::Backing,
+                Some((_, Source::Zero | Source::Discard)) => ReadSource::Zero,
+                Some((_, Source::Data { region, offset })) => {
+                    if !self.ring.region(region).is_some_and(|r| r.resident) {
+                        self.cold_reads.push((region, door, tag));
+                        self.kick();
+                        return false;
+                    }
+                    ReadSource::Stage { region, offset }
+                }
+            };
+            match pieces.last_mut() {
+                Some(last) if last.source == source && !matches!(source, ReadSource::Stage { .. }) => {
+                    last.range.end = piece.range.end;
+                }
+                _ => pieces.push(ReadPiece { range: piece.range, source }),
+            }
+        }
+        for piece in pieces.iter() {
+            if let ReadSource::Stage { region, .. } = piece.source {
+                arena.pin_raw(region);
+            }
+        }
+        true
+    }
+
+    /// The region that should be brought into memory next: one that a read waits for, else the oldest.
+    #[must_use]
+    pub fn next_cold_region(&self) -> Option<RegionState> {
+        let wanted =
+            self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq)).find(|r| !r.resident);
+        wanted.or_else(|| self.ring.regions().find(|r| !r.resident)).copied()
+    }
+
+    /// Number of regions that are not in memory.
+    #[must_use]
+    pub fn cold_regions(&self) -> usize {
+        self.ring.regions().filter(|r| !r.resident).count()
+    }
+
+    /// Region `seq` is in memory now.
+    pub fn region_loaded(&mut self, seq: RegionSeq, out: &mut Vec<Outcome>) {
+        if let Some(region) = self.ring.region_mut(seq) {
+            region.resident = true;
+        }
+        self.cold_reads.retain(|&(region, door, tag)| {
+            if region == seq {
+                out.push(Outcome::RetryRead { door, tag });
+            }
+            region != seq
+        });
+    }
+
+    pub(super) fn sealed_region_needs_table(&self) -> bool {
+        self.next_seal().is_some()
+    }
+
+    /// The oldest full region whose records are all durable and whose table is not written.
+    #[must_use]
+    pub fn next_seal(&self) -> Option<RegionState> {
+        let open = self.ring.open_seq();
+        self.ring
+            .regions()
+            .find(|r| {
+                r.start.seq != open
+                    && r.resident
+                    && r.table == TableState::Missing
+                    && r.record_count > 0
+                    && r.last_lsn() <= self.durable()
+            })
+            .copied()
+    }
+
+    /// Notes the state of a region's table.
+    pub fn set_table_state(&mut self, seq: RegionSeq, state: TableState) {
+        if let Some(region) = self.ring.region_mut(seq) {
+            region.table = state;
+        }
+    }
+
+    /// Whether so much is staged that it should be flushed now.
+    #[must_use]
+    pub fn above_high_mark(&self) -> bool {
+        self.ring.regions().len() as u32 > self.high_regions
+            || self.waiting() > 0
+            || self.extent_count > INDEX_EXTENTS_MAX / 2
+    }
+
+    /// The next epoch: whole durable regions from the oldest on, or with `all` everything durable. `None`: nothing to
+    /// flush, or a region is not in memory yet.
+    #[must_use]
+    pub fn next_epoch(&self, all: bool) -> Option<Epoch> {
+        let durable = self.durable();
+        let open = self.ring.open_seq();
+        let mut epoch: Option<Epoch> = None;
+        let mut records = 0;
+        for region in self.ring.regions() {
+            if region.record_count == 0 || region.last_lsn() <= self.checkpoint {
+                continue;
+            }
+            let whole = region.start.seq != open && region.last_lsn() <= durable;
+            let first_new = region.start.first_lsn.max(self.checkpoint.next());
+            if (!whole && !(all && first_new <= durable)) || !region.resident {
+                break;
+            }
+            records += region.record_count;
+            if epoch.is_some() && records > EPOCH_RECORDS_MAX {
+                break;
+            }
+            let to = region.last_lsn().min(durable);
+            let first = epoch.map_or(region.start.seq, |e| e.first);
+            epoch = Some(Epoch { from: self.checkpoint, to, first, last: region.start.seq });
+            if !whole {
+                break;
+            }
+        }
+        epoch
+    }
+
+    /// The live regions of an epoch.
+    #[must_use]
+    pub fn epoch_regions(&self, epoch: &Epoch) -> Vec<RegionState> {
+        let in_epoch = |r: &&RegionState| (epoch.first..=epoch.last).contains(&r.start.seq);
+        self.ring.regions().filter(in_epoch).copied().collect()
+    }
+
+    /// Where the log will begin once everything up to `checkpoint` is flushed.
+    #[must_use]
+    pub fn head_after(&self, checkpoint: Lsn) -> RegionStart {
+        self.ring.head_after(checkpoint)
+    }
+
+    /// The checkpoint at `to` is durable: forget what it covers. `ranges` are the bytes that the epoch wrote.
+    pub fn checkpointed(
+        &mut self,
+        arena: &Arena,
+        to: Lsn,
+        ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
+    ) {
+        assert!(to > self.checkpoint && to <= self.durable(), "C2");
+        for (volume, range) in ranges {
+            if let Some(index) = self.indexes.get_mut(&volume) {
+                let before = index.extent_count();
+                index.remove_flushed(range, to);
+                self.extent_count = self.extent_count + index.extent_count() - before;
+            }
+        }
+        self.checkpoint = to;
+        self.reclaim(arena);
+    }
+
+    /// Gives up regions that are flushed and not in use, and serves those who wait for space.
+    pub fn reclaim(&mut self, arena: &Arena) {
+        let indexes = &self.indexes;
+        let checkpoint = self.checkpoint;
+        self.ring.reclaim(checkpoint, |region| {
+            debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
+            !arena.is_pinned(region.start.seq)
+        });
+        self.serve_space_waits();
+        self.pump_commit();
+    }
+
+    /// Whether a region could be given up if nobody had it pinned.
+    #[must_use]
+    pub fn reclaim_is_pending(&self) -> bool {
+        let head = self.ring.regions().next().expect("an open region");
+        head.start.seq != self.ring.open_seq() && head.last_lsn() <= self.checkpoint
+    }
+
+    /// Begins to index a volume.
+    pub fn add_volume(&mut self, volume: VolumeId) {
+        self.indexes.entry(volume).or_default();
+    }
+
+    /// Ends indexing a volume; its records must be flushed.
+    pub fn remove_volume(&mut self, volume: VolumeId) {
+        if let Some(index) = self.indexes.remove(&volume) {
+            self.extent_count -= index.extent_count();
+        }
+    }
+
+    /// Whether the volume has anything staged.
+    #[must_use]
+    pub fn is_staged(&self, volume: VolumeId) -> bool {
+        self.indexes.get(&volume).is_some_and(|index| !index.is_empty())
+    }
+}
+
+fn refers_to(index: &Index, seq: RegionSeq) -> bool {
+    index.iter().any(|e| matches!(e.source, Source::Data { region, .. } if region == seq))
+}

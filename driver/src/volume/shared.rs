@@ -1,0 +1,201 @@
+//! What the threads of an engine share: the core behind its lock, the arena, and the ways to reach each other.
+//!
+//! Ownership: the core's lock is held for decisions only, never across I/O, copying or checksums. Outcomes are taken out
+//! under the lock and carried out after it by the thread that got them: completions of its own door directly, those of
+//! other doors through their mailbox and a wake-up, log writes on its own ring. Nothing here blocks on the control plane.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use zerocopy::IntoBytes;
+
+use super::request::Wake;
+use crate::base::Lsn;
+use crate::format::geometry::Geometry;
+use crate::format::group::Group;
+use crate::io::{Memory, Op, OpKind, Target, Token};
+use crate::stage::arena::Arena;
+use crate::stage::core::{Core, DoorId, Outcome};
+use crate::stage::ring::ClosedGroup;
+use crate::stage::walk::Rules;
+
+/// Time, as the engine sees it. Nothing correct depends on it.
+pub trait Clock: Send + Sync {
+    /// Nanoseconds since the Unix epoch, for timestamps.
+    fn unix_ns(&self) -> u64;
+    /// Nanoseconds since some fixed instant, for intervals.
+    fn monotonic_ns(&self) -> u64;
+}
+
+/// Token of the log write, of which one is in flight at a time.
+pub const LOG_TOKEN: Token = Token(u64::MAX);
+
+/// A door as other threads see it.
+pub struct Mailbox {
+    messages: Mutex<Vec<Outcome>>,
+    wake: Arc<dyn Wake>,
+}
+
+impl Mailbox {
+    /// Takes what was left, at the end of `into`.
+    pub fn take(&self, into: &mut Vec<Outcome>) {
+        into.append(&mut self.messages.lock());
+    }
+
+    fn put(&self, outcome: Outcome) {
+        let mut messages = self.messages.lock();
+        let was_empty = messages.is_empty();
+        messages.push(outcome);
+        drop(messages);
+        if was_empty {
+            self.wake.wake();
+        }
+    }
+}
+
+/// What the threads of an engine share.
+pub struct Shared {
+    /// Decisions.
+    pub core: Mutex<Core>,
+    /// Regions in memory.
+    pub arena: Arc<Arena>,
+    /// Map of the stage device.
+    pub geometry: Geometry,
+    /// Validity of log structures.
+    pub rules: Rules,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    doors: RwLock<BTreeMap<DoorId, Arc<Mailbox>>>,
+    background: Arc<dyn Wake>,
+    /// Wake-ups of the background, for status.
+    pub kicks: AtomicU64,
+}
+
+impl Shared {
+    /// Shared part of an engine whose background is woken by `background`.
+    #[must_use]
+    pub fn new(
+        core: Core,
+        arena: Arc<Arena>,
+        rules: Rules,
+        clock: Arc<dyn Clock>,
+        background: Arc<dyn Wake>,
+    ) -> Shared {
+        Shared {
+            geometry: *core.ring().geometry(),
+            core: Mutex::new(core),
+            arena,
+            rules,
+            clock,
+            doors: RwLock::new(BTreeMap::new()),
+            background,
+            kicks: AtomicU64::new(0),
+        }
+    }
+
+    /// Makes a door reachable.
+    pub fn add_door(&self, door: DoorId, wake: Arc<dyn Wake>) -> Arc<Mailbox> {
+        let mailbox = Arc::new(Mailbox { messages: Mutex::new(Vec::new()), wake });
+        let before = self.doors.write().insert(door, mailbox.clone());
+        assert!(before.is_none(), "door ids are given out once");
+        mailbox
+    }
+
+    /// Forgets a door that has no request in flight.
+    pub fn remove_door(&self, door: DoorId) {
+        self.doors.write().remove(&door);
+    }
+
+    /// Wakes the background.
+    pub fn kick_background(&self) {
+        self.kicks.fetch_add(1, Ordering::Relaxed);
+        self.background.wake();
+    }
+
+    /// Carries out outcomes: those for door `own` are left in `outcomes`, everything else is done. At most one of them is
+    /// a log write; it is submitted through `submit` and returned, and its completion carries [`LOG_TOKEN`].
+    pub fn dispatch(
+        &self,
+        outcomes: &mut Vec<Outcome>,
+        own: Option<DoorId>,
+        submit: &mut dyn FnMut(Op),
+    ) -> Option<ClosedGroup> {
+        let mut written = None;
+        let mut at = 0;
+        while at < outcomes.len() {
+            let door = match &outcomes[at] {
+                Outcome::Complete { door, .. }
+                | Outcome::Claimed { door, .. }
+                | Outcome::Refused { door, .. }
+                | Outcome::RetryRead { door, .. } => Some(*door),
+                Outcome::WriteLog(_) | Outcome::KickBackground => None,
+            };
+            if door.is_some() && door == own {
+                at += 1;
+                continue;
+            }
+            // Order among the outcomes of one door is kept; between doors there is none to keep.
+            match outcomes.remove(at) {
+                Outcome::WriteLog(group) => {
+                    assert!(written.is_none(), "one group is in flight at a time");
+                    submit(self.log_write(&group));
+                    written = Some(group);
+                }
+                Outcome::KickBackground => self.kick_background(),
+                outcome => {
+                    let door = door.expect("every other outcome has a door");
+                    let mailbox = self.doors.read().get(&door).cloned();
+                    mailbox.expect("a door outlives its requests").put(outcome);
+                }
+            }
+        }
+        written
+    }
+
+    /// Finishes a group's bytes in the arena and makes the operation that writes it.
+    fn log_write(&self, group: &ClosedGroup) -> Op {
+        let (start, checkpoint_lsn) = {
+            let core = self.core.lock();
+            let region = core.ring().region(group.region).expect("P1: a region lives until it is flushed");
+            (region.start, core.checkpoint())
+        };
+        let header = Group {
+            record_count: group.record_count,
+            group_seq: group.group_seq,
+            region: group.region,
+            first_lsn: group.first_lsn,
+            group_bytes: group.end - group.header_offset,
+            incarnation: self.rules.incarnation,
+            checkpoint_lsn,
+        }
+        .encode(self.rules.salt);
+        let slot = group.region.slot(self.geometry.region_count);
+        let region_header = (group.write_from == 0).then(|| start.encode(self.rules.salt, slot));
+        self.arena.write_group_headers(
+            group,
+            region_header.as_ref().map(IntoBytes::as_bytes),
+            header.as_bytes(),
+        );
+        let len = group.end - group.write_from;
+        Op {
+            token: LOG_TOKEN,
+            target: Target::Stage,
+            kind: OpKind::WriteDurable,
+            offset: self.geometry.region_offset(group.region) + u64::from(group.write_from),
+            len: u64::from(len),
+            memory: Memory::Shared {
+                region: self.arena.clone(),
+                offset: self.arena.position(group.region, group.write_from),
+                len: len as usize,
+            },
+        }
+    }
+
+    /// Everything up to here is on the backings.
+    #[must_use]
+    pub fn checkpoint(&self) -> Lsn {
+        self.core.lock().checkpoint()
+    }
+}
