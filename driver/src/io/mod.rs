@@ -5,9 +5,12 @@
 
 pub mod buffer;
 pub mod disk;
+pub mod file;
 pub mod op;
+pub mod probe;
 pub mod uring;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;
+pub use file::FileDisk;
 pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};
