@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::shared::{LOG_TOKEN, Shared};
+use super::shared::{Clock, LOG_TOKEN, Shared};
 use crate::base::checksum::crc64;
-use crate::base::{Error, Lsn, VolumeId};
-use crate::flush::epoch::{Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint};
+use crate::base::{Lsn, VolumeId};
+use crate::flush::epoch::{
+    Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
+};
 use crate::flush::{Plan, PlanParams};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::patch::PatchImage;
@@ -53,7 +55,7 @@ impl BackOff {
 }
 
 /// What the background has to tell.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BackgroundStatus {
     /// Epochs flushed.
     pub epochs: u64,
@@ -149,6 +151,12 @@ impl Background {
     /// The label of a volume was rewritten (resize).
     pub fn target_mut(&mut self, volume: VolumeId) -> Option<&mut FlushTarget> {
         self.targets.get_mut(&volume)
+    }
+
+    /// The engine's clock.
+    #[must_use]
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.shared.clock.clone()
     }
 
     /// Whether an epoch is being flushed.
@@ -283,8 +291,10 @@ impl Background {
                 ));
             }
             Err(errno) => {
-                self.status.damage =
-                    Some(format!("the log cannot be read at byte {position} (region {}): {errno}", region.start.seq));
+                self.status.damage = Some(format!(
+                    "the log cannot be read at byte {position} (region {}): {errno}",
+                    region.start.seq
+                ));
             }
         }
         self.shared.core.lock().refuse_everything();
@@ -412,7 +422,8 @@ impl Background {
             self.visit(region, |record_offset, record| {
                 let source = source_of(record.kind, seq, payload_offset(record_offset));
                 let in_epoch = record.lsn > epoch.from && record.lsn <= epoch.to;
-                if let Some(source) = source.filter(|_| in_epoch && self.targets.contains_key(&record.volume)) {
+                if let Some(source) = source.filter(|_| in_epoch && self.targets.contains_key(&record.volume))
+                {
                     let extent = Extent { range: record.range, lsn: record.lsn, source };
                     extents.entry(record.volume).or_default().push(extent);
                 }
@@ -480,11 +491,5 @@ impl Background {
             let token = Token(done.token.0 & (EPOCH_TOKENS - 1));
             epoch.op_done(Done { token, ..done }, &mut io);
         }
-    }
-
-    /// The damage that was found, as an error.
-    #[must_use]
-    pub fn damage(&self) -> Option<Error> {
-        self.status.damage.as_ref().map(|what| Error::new(crate::base::ErrorKind::Damaged, what.clone()))
     }
 }
