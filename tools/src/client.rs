@@ -52,6 +52,15 @@ impl Client {
         self.ask_within(request, None)
     }
 
+    /// Asks; `None` if the server ended before it answered.
+    pub fn ask_unless_gone(&self, request: Request) -> Option<Result<Reply>> {
+        match self.exchange(request, None) {
+            Ok(Answer::Ok(reply)) => Some(Ok(reply)),
+            Ok(Answer::Error { kind, message }) => Some(Err(Error::new(exit::kind_named(&kind), message))),
+            Err(_) => None,
+        }
+    }
+
     /// State of the server.
     pub fn status(&self) -> Result<ServerStatus> {
         match self.ask_within(Request::Status, Some(STATUS_PATIENCE))? {
