@@ -58,16 +58,22 @@ pub enum Command {
     #[command(after_help = "Examples:\n  tidegate check db\n  tidegate check --stage /dev/nvme0n1p4 --json")]
     Check(Check),
     /// Decode every structure on a device or file
-    #[command(after_help = "Examples:\n  tidegate inspect /dev/nvme0n1p4\n  tidegate inspect stage.img --json --limit 10")]
+    #[command(
+        after_help = "Examples:\n  tidegate inspect /dev/nvme0n1p4\n  tidegate inspect stage.img --json --limit 10"
+    )]
     Inspect(Inspect),
     /// Create if missing, attach, stay in the foreground, detach on Ctrl-C
-    #[command(after_help = "Example:\n  tidegate run /tmp/try --size 1G\n\nThe files are DIR/stage and DIR/backing.")]
+    #[command(
+        after_help = "Example:\n  tidegate run /tmp/try --size 1G\n\nThe files are DIR/stage and DIR/backing."
+    )]
     Run(Run),
     /// Remove a volume from its stage; files and devices stay
     #[command(after_help = "Example:\n  tidegate detach db && tidegate delete db")]
     Delete(Delete),
     /// Change the size of a volume
-    #[command(after_help = "Example:\n  lvextend -L +10G /dev/vg/db && tidegate resize db 50G && xfs_growfs /srv/db")]
+    #[command(
+        after_help = "Example:\n  lvextend -L +10G /dev/vg/db && tidegate resize db 50G && xfs_growfs /srv/db"
+    )]
     Resize(Resize),
     /// Bring everything that was written to the backing device now
     #[command(after_help = "Example:\n  tidegate flush db && lvcreate -s -n snap vg/db")]

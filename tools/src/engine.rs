@@ -8,8 +8,8 @@ use tidegate_driver::format::geometry::Geometry;
 use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
 use tidegate_driver::io::uring::{Reactor, TargetOptions};
 use tidegate_driver::io::{Disk, FileDisk, Target};
-use tidegate_driver::volume::door::VolumeDoor;
 use tidegate_driver::volume::Wake;
+use tidegate_driver::volume::door::VolumeDoor;
 use tidegate_ublk::{DeviceConfig, DoorFactory};
 use uuid::Uuid;
 
@@ -24,7 +24,11 @@ pub fn arena_dir() -> PathBuf {
 }
 
 /// Opens the engine of a stage.
-pub fn open(stage: Arc<FileDisk>, backings: Vec<(VolumeId, Arc<FileDisk>)>, accept_loss: bool) -> Result<Arc<Engine>> {
+pub fn open(
+    stage: Arc<FileDisk>,
+    backings: Vec<(VolumeId, Arc<FileDisk>)>,
+    accept_loss: bool,
+) -> Result<Arc<Engine>> {
     Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss })
 }
 

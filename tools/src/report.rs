@@ -21,7 +21,8 @@ pub fn line(text: impl AsRef<str>) -> Result<()> {
 
 /// Writes a value as JSON.
 pub fn json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::io("cannot encode the output", e.into()))?;
+    let text =
+        serde_json::to_string_pretty(value).map_err(|e| Error::io("cannot encode the output", e.into()))?;
     line(text)
 }
 
@@ -70,8 +71,9 @@ impl Drop for Progress {
 /// Rows in columns, the first row being the head.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let widths: Vec<usize> =
-        (0..columns).map(|c| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..columns)
+        .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0))
+        .collect();
     let mut text = String::new();
     for row in rows {
         let mut out = String::new();
@@ -91,7 +93,11 @@ mod tests {
 
     #[test]
     fn tables_are_aligned() {
-        let rows = [vec!["NAME".into(), "SIZE".into()], vec!["a".into(), "1 GiB".into()], vec!["longer".into(), "2".into()]];
+        let rows = [
+            vec!["NAME".into(), "SIZE".into()],
+            vec!["a".into(), "1 GiB".into()],
+            vec!["longer".into(), "2".into()],
+        ];
         assert_eq!(table(&rows), "NAME    SIZE\na       1 GiB\nlonger  2\n");
         assert_eq!(table(&[]), "");
     }

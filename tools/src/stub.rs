@@ -1,8 +1,6 @@
 //! Stands in for the engine's facade until it is merged: same names and shapes, no data path. `engine.rs` is the only user;
 //! the day it imports from `tidegate_driver` this file goes.
 
-#![expect(missing_docs, clippy::unnecessary_wraps, reason = "a stand-in with the shape of what it stands for")]
-
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,9 +14,9 @@ use tidegate_driver::format::superblock::{StageState, Superblock};
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError, VolumeInfo};
 use tidegate_driver::io::{Disk, FileDisk};
 use tidegate_driver::recovery::superblocks;
+use tidegate_driver::volume::Wake;
 use tidegate_driver::volume::door::VolumeDoor;
 use tidegate_driver::volume::status::{Health, RecoveryReport, StageStatus, VolumeStatus};
-use tidegate_driver::volume::Wake;
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
@@ -32,7 +30,11 @@ pub struct StageOptions {
 
 impl Default for StageOptions {
     fn default() -> StageOptions {
-        StageOptions { region_bytes: REGION_BYTES_DEFAULT, patch_bytes: PATCH_BYTES_DEFAULT, block_bytes: 4096 }
+        StageOptions {
+            region_bytes: REGION_BYTES_DEFAULT,
+            patch_bytes: PATCH_BYTES_DEFAULT,
+            block_bytes: 4096,
+        }
     }
 }
 
@@ -60,8 +62,12 @@ fn now_ns() -> u64 {
 }
 
 pub fn create_stage(disk: &dyn Disk, options: StageOptions) -> Result<Superblock> {
-    let geometry =
-        Geometry::for_device(disk.len_bytes(), options.block_bytes, options.region_bytes, options.patch_bytes)?;
+    let geometry = Geometry::for_device(
+        disk.len_bytes(),
+        options.block_bytes,
+        options.region_bytes,
+        options.patch_bytes,
+    )?;
     let superblock = Superblock {
         sequence: 1,
         stage_uuid: Uuid::new_v4(),

@@ -82,7 +82,9 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
         (None, None) => volume.backing.into(),
     };
     // Volumes of one stage are found together.
-    for mut other in registry.entries()?.into_iter().filter(|e| e.stage_uuid == stage_uuid && e.stage != stage) {
+    for mut other in
+        registry.entries()?.into_iter().filter(|e| e.stage_uuid == stage_uuid && e.stage != stage)
+    {
         other.stage.clone_from(&stage);
         registry.put(&other)?;
     }
@@ -109,12 +111,20 @@ pub fn attach(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<S
     let request = Request::Attach { volume: entry.name.clone() };
     match ask_or_start(registry, entry, accept_loss, &request)? {
         Reply::Device(path) => Ok(path),
-        other => Err(Error::new(ErrorKind::Unsupported, format!("the server gave an answer that does not fit: {other:?}"))),
+        other => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the server gave an answer that does not fit: {other:?}"),
+        )),
     }
 }
 
 /// Asks the server, which is started if there is none. A server that ends while it is asked is asked, or started, again.
-pub fn ask_or_start(registry: &Registry, entry: &Entry, accept_loss: bool, request: &Request) -> Result<Reply> {
+pub fn ask_or_start(
+    registry: &Registry,
+    entry: &Entry,
+    accept_loss: bool,
+    request: &Request,
+) -> Result<Reply> {
     let dir = registry.stage_dir(entry.stage_uuid);
     let mut child: Option<Child> = None;
     let mut give_up = Instant::now() + RETRY;
@@ -169,7 +179,12 @@ fn spawn_supervisor(registry: &Registry, entry: &Entry, accept_loss: bool) -> Re
     let log = server::open_log(&dir)?;
     let err = log.try_clone().map_err(|e| Error::io("cannot share the server's log", e))?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("tidegate").arg("--state-dir").arg(registry.dir()).arg("supervise").arg(entry.stage_uuid.to_string());
+    command
+        .arg0("tidegate")
+        .arg("--state-dir")
+        .arg(registry.dir())
+        .arg("supervise")
+        .arg(entry.stage_uuid.to_string());
     if accept_loss {
         command.arg("--accept-loss");
     }

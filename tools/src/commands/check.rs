@@ -29,7 +29,9 @@ pub fn run(registry: &Registry, args: &Check) -> Result<ExitCode> {
 
 fn open(path: &Path) -> Result<FileDisk> {
     FileDisk::open(path, Access::Read, Lock::Shared(LOCK_WAIT)).map_err(|e| match e.kind() {
-        ErrorKind::Busy => Error::new(ErrorKind::Busy, format!("{}; detach the volumes of the stage first", e.report())),
+        ErrorKind::Busy => {
+            Error::new(ErrorKind::Busy, format!("{}; detach the volumes of the stage first", e.report()))
+        }
         _ => e,
     })
 }
@@ -50,10 +52,13 @@ fn check(registry: &Registry, args: &Check) -> Result<u8> {
         let backing = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing.clone());
         match open(&backing) {
             Ok(disk) => backings.push((volume.id, disk)),
-            Err(e) => unchecked.push(format!("backing of volume '{}' not checked: {}", volume.name, e.report())),
+            Err(e) => {
+                unchecked.push(format!("backing of volume '{}' not checked: {}", volume.name, e.report()))
+            }
         }
     }
-    let disks: Vec<(VolumeId, &dyn Disk)> = backings.iter().map(|(id, disk)| (*id, disk as &dyn Disk)).collect();
+    let disks: Vec<(VolumeId, &dyn Disk)> =
+        backings.iter().map(|(id, disk)| (*id, disk as &dyn Disk)).collect();
     let found = engine::check(&stage, &disks)?;
     let code = match (found.problems.is_empty(), unchecked.is_empty()) {
         (false, _) => exit::CHECK_DAMAGE,
@@ -82,7 +87,9 @@ fn check(registry: &Registry, args: &Check) -> Result<u8> {
     }
     report::line(match code {
         exit::OK => format!("{}: clean", path.display()),
-        exit::CHECK_DAMAGE => format!("{}: {} problems found; nothing was changed", path.display(), found.problems.len()),
+        exit::CHECK_DAMAGE => {
+            format!("{}: {} problems found; nothing was changed", path.display(), found.problems.len())
+        }
         _ => format!("{}: no damage found, but not everything could be checked", path.display()),
     })?;
     Ok(code)

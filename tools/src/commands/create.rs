@@ -160,12 +160,22 @@ fn check_free(registry: &Registry, name: &str, stage: &Path, backing: &Path) -> 
     let identity = |path: &Path| Identity::of_path(path).ok();
     let (stage_id, backing_id) = (identity(stage), identity(backing));
     for other in registry.entries()? {
-        let clash = |id: Option<Identity>, path: &Path| id.is_some_and(|id| identity(path).is_some_and(|o| overlap(id, o)));
+        let clash = |id: Option<Identity>, path: &Path| {
+            id.is_some_and(|id| identity(path).is_some_and(|o| overlap(id, o)))
+        };
         if clash(backing_id, &other.backing) || clash(backing_id, &other.stage) {
-            return taken(format!("{} belongs to volume '{}': use another backing", backing.display(), other.name));
+            return taken(format!(
+                "{} belongs to volume '{}': use another backing",
+                backing.display(),
+                other.name
+            ));
         }
         if clash(stage_id, &other.backing) {
-            return taken(format!("{} is the backing of volume '{}': use another stage", stage.display(), other.name));
+            return taken(format!(
+                "{} is the backing of volume '{}': use another stage",
+                stage.display(),
+                other.name
+            ));
         }
     }
     Ok(())
@@ -174,7 +184,10 @@ fn check_free(registry: &Registry, name: &str, stage: &Path, backing: &Path) -> 
 fn check_backing(args: &Create, path: &Path) -> Result<(Backing, u64)> {
     if !paths::exists(path)? {
         let size = args.size.ok_or_else(|| {
-            let what = format!("{} does not exist: say with --size how large a file to make, or correct the path", path.display());
+            let what = format!(
+                "{} does not exist: say with --size how large a file to make, or correct the path",
+                path.display()
+            );
             Error::new(ErrorKind::Invalid, what)
         })?;
         return Ok((Backing::Missing, size.0));
@@ -212,7 +225,10 @@ fn check_stage(registry: &Registry, args: &Create, path: &Path) -> Result<Stage>
     if args.stage_size.is_some() {
         return Err(Error::new(
             ErrorKind::Invalid,
-            format!("{} exists: --stage-size is for files that have to be made; leave it out", path.display()),
+            format!(
+                "{} exists: --stage-size is for files that have to be made; leave it out",
+                path.display()
+            ),
         ));
     }
     let look = FileDisk::open_to_look(path).map_err(|e| e.within("stage"))?;
@@ -253,7 +269,10 @@ fn check_room(superblock: &Superblock, path: &Path, name: &str) -> Result<()> {
         ));
     }
     if superblock.volumes.len() >= VOLUMES_MAX {
-        return exists(format!("stage {} has {VOLUMES_MAX} volumes, the most there can be: use another", path.display()));
+        return exists(format!(
+            "stage {} has {VOLUMES_MAX} volumes, the most there can be: use another",
+            path.display()
+        ));
     }
     Ok(())
 }
@@ -280,7 +299,13 @@ impl Work<'_> {
         outcome.map(|entry| (entry, info.size_bytes))
     }
 
-    fn try_to(&self, stage: Stage, backing: Backing, info: &VolumeInfo, made: &mut Vec<PathBuf>) -> Result<Entry> {
+    fn try_to(
+        &self,
+        stage: Stage,
+        backing: Backing,
+        info: &VolumeInfo,
+        made: &mut Vec<PathBuf>,
+    ) -> Result<Entry> {
         self.signals.check()?;
         let stage = match stage {
             Stage::Missing { bytes } => {
@@ -303,8 +328,13 @@ impl Work<'_> {
         }
         self.signals.check()?;
         let (stage_uuid, volume_uuid) = self.enter(&stage, backing, info)?;
-        let entry =
-            Entry::new(&info.name, self.stage_path.to_owned(), stage_uuid, self.backing_path.to_owned(), volume_uuid);
+        let entry = Entry::new(
+            &info.name,
+            self.stage_path.to_owned(),
+            stage_uuid,
+            self.backing_path.to_owned(),
+            volume_uuid,
+        );
         self.registry.put(&entry).inspect_err(|_| take_back(&stage, &info.name))?;
         Ok(entry)
     }
@@ -368,7 +398,9 @@ impl Work<'_> {
 fn take_back(stage: &Stage, name: &str) {
     let taken = match stage {
         Stage::Blank { disk, .. } | Stage::Offline { disk, .. } => engine::remove_volume(disk, name),
-        Stage::Online { client, .. } => client.ask(Request::RemoveVolume { volume: name.to_owned() }).map(|_| ()),
+        Stage::Online { client, .. } => {
+            client.ask(Request::RemoveVolume { volume: name.to_owned() }).map(|_| ())
+        }
         Stage::Missing { .. } => Ok(()),
     };
     if let Err(e) = taken {

@@ -23,14 +23,22 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     match removed {
         Ok(()) => {
             let wiped = volume_bytes.map(|bytes| wipe_label(&entry, bytes));
-            notes.extend(wiped.and_then(Result::err).map(|e| format!("its label stays on the backing: {}", e.report())));
+            notes.extend(
+                wiped
+                    .and_then(Result::err)
+                    .map(|e| format!("its label stays on the backing: {}", e.report())),
+            );
         }
         Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
         Err(e) if args.force => notes.push(format!("the stage still lists the volume: {}", e.report())),
         Err(e) => {
             return Err(Error::new(
                 e.kind(),
-                format!("{}; `tidegate delete --force {}` forgets the name all the same", e.report(), args.name),
+                format!(
+                    "{}; `tidegate delete --force {}` forgets the name all the same",
+                    e.report(),
+                    args.name
+                ),
             ));
         }
     }
@@ -44,7 +52,10 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     }
     report::line(format!("deleted volume '{}'; its data stay on {}", args.name, entry.backing.display()))?;
     if !others {
-        report::line(format!("no volume uses the stage {} any more; remove it if you like", entry.stage.display()))?;
+        report::line(format!(
+            "no volume uses the stage {} any more; remove it if you like",
+            entry.stage.display()
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

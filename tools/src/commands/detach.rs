@@ -33,7 +33,10 @@ pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
     match outcome? {
         Reply::Done => {}
         other => {
-            return Err(Error::new(ErrorKind::Unsupported, format!("the server gave an answer that does not fit: {other:?}")));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the server gave an answer that does not fit: {other:?}"),
+            ));
         }
     }
     report::note(format!("detached '{}'", args.name));
@@ -62,7 +65,11 @@ fn show_progress(registry: &Registry, entry: &Entry, done: &AtomicBool) {
             && progress.is_visible()
             && let Some(status) = Client::connect(&dir).and_then(|c| c.status().ok())
         {
-            progress.show(&format!("flushing '{}': {} in the stage", entry.name, human(status.stage.used_bytes)));
+            progress.show(&format!(
+                "flushing '{}': {} in the stage",
+                entry.name,
+                human(status.stage.used_bytes)
+            ));
         }
     }
 }

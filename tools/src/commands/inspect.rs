@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use serde_json::json;
-use tidegate_driver::base::Result;
+use tidegate_driver::base::{ErrorKind, Result};
 use tidegate_driver::io::FileDisk;
 use tidegate_driver::io::probe::probe;
 
@@ -14,7 +14,11 @@ use crate::{engine, report};
 pub fn run(args: &Inspect) -> Result<ExitCode> {
     let disk = FileDisk::open_to_look(&args.path)?;
     let findings = probe(&disk)?;
-    let structures = engine::inspect(&disk, args.limit)?;
+    let structures = match engine::inspect(&disk, args.limit) {
+        // Nothing of ours is an answer too.
+        Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
+        decoded => decoded?,
+    };
     if args.json {
         report::json(&json!({ "path": args.path, "findings": findings, "structures": structures }))?;
         return Ok(ExitCode::SUCCESS);

@@ -41,7 +41,11 @@ fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
     let (stage, backing) = (dir.join("stage"), dir.join("backing"));
     if let Some(entry) = registry.entries()?.into_iter().find(|e| e.stage == stage && e.backing == backing) {
         if args.size.is_some() {
-            let what = format!("{} holds volume '{}' already: leave --size out, or use resize", dir.display(), entry.name);
+            let what = format!(
+                "{} holds volume '{}' already: leave --size out, or use resize",
+                dir.display(),
+                entry.name
+            );
             return Err(Error::new(ErrorKind::Exists, what));
         }
         return Ok(entry);
@@ -57,14 +61,23 @@ fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
 
 fn known_stage(registry: &Registry, dir: &Path, stage: PathBuf, backing: PathBuf) -> Result<Entry> {
     let disk = tidegate_driver::io::FileDisk::open_to_look(&stage)?;
-    let superblock = crate::engine::read_superblock(&disk).map_err(|e| e.within(format!("{}", dir.display())))?.superblock;
+    let superblock =
+        crate::engine::read_superblock(&disk).map_err(|e| e.within(format!("{}", dir.display())))?.superblock;
     let [volume] = superblock.volumes.as_slice() else {
-        let what = format!("stage {} has {} volumes: attach them by name", stage.display(), superblock.volumes.len());
+        let what = format!(
+            "stage {} has {} volumes: attach them by name",
+            stage.display(),
+            superblock.volumes.len()
+        );
         return Err(Error::new(ErrorKind::Invalid, what));
     };
     let _lock = registry.lock()?;
     if registry.find(&volume.name)?.is_some() {
-        let what = format!("the volume in {} is called '{}', and another one here is too", dir.display(), volume.name);
+        let what = format!(
+            "the volume in {} is called '{}', and another one here is too",
+            dir.display(),
+            volume.name
+        );
         return Err(Error::new(ErrorKind::Exists, what));
     }
     let entry = Entry::new(&volume.name, stage, superblock.stage_uuid, backing, volume.uuid);
@@ -91,8 +104,11 @@ fn new_volume(name: String, stage: PathBuf, backing: PathBuf, size: Option<Size>
 /// A name that is free, after the directory's.
 fn free_name(registry: &Registry, dir: &Path) -> Result<String> {
     let raw = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let mut base: String =
-        raw.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).take(48).collect();
+    let mut base: String = raw
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' })
+        .take(48)
+        .collect();
     if !base.starts_with(|c: char| c.is_ascii_alphanumeric()) {
         base.insert_str(0, "run");
     }
@@ -102,5 +118,8 @@ fn free_name(registry: &Registry, dir: &Path) -> Result<String> {
             return Ok(name);
         }
     }
-    Err(Error::new(ErrorKind::Exists, format!("the names '{base}' to '{base}-99' are taken: use another directory name")))
+    Err(Error::new(
+        ErrorKind::Exists,
+        format!("the names '{base}' to '{base}-99' are taken: use another directory name"),
+    ))
 }

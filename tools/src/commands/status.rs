@@ -199,11 +199,9 @@ fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
 fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let server = known.server.as_ref();
     let device = server.and_then(|s| s.devices.iter().find(|d| d.volume == entry.name));
-    let left = known
-        .runtime
-        .as_ref()
-        .filter(|_| server.is_none())
-        .and_then(|r| r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id)));
+    let left = known.runtime.as_ref().filter(|_| server.is_none()).and_then(|r| {
+        r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id))
+    });
     let state = match (server, device, left) {
         (Some(_), Some(_), _) => State::Attached,
         (Some(_), None, _) => State::Detached,
@@ -216,8 +214,9 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let counters = server.and_then(|s| s.stage.volumes.iter().find(|v| v.name == entry.name));
     let superblock = known.superblock.as_ref().ok();
     let info = superblock.and_then(|s| s.volumes.iter().find(|v| v.uuid == entry.volume_uuid));
-    let missing = (superblock.is_some() && info.is_none())
-        .then(|| format!("the stage does not list it: `tidegate delete --force {}` forgets the name", entry.name));
+    let missing = (superblock.is_some() && info.is_none()).then(|| {
+        format!("the stage does not list it: `tidegate delete --force {}` forgets the name", entry.name)
+    });
     let unread = known.superblock.as_ref().err().filter(|_| server.is_none()).map(Error::report);
     let device_id = device.map(|d| d.device_id).or(left.map(|(_, id)| id));
     Volume {
@@ -272,7 +271,8 @@ fn render(listing: &Listing, detail: bool) -> String {
             let _ = writeln!(text, "! {}: {problem}", v.name);
         }
         if matches!(v.state, State::Waiting | State::ServerDied) {
-            let _ = writeln!(text, "! {}: clients wait; `tidegate attach {}` serves them again", v.name, v.name);
+            let _ =
+                writeln!(text, "! {}: clients wait; `tidegate attach {}` serves them again", v.name, v.name);
         }
     }
     for stage in &listing.stages {

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +22,9 @@ use crate::signals::Signals;
 const CONNECTIONS_MAX: usize = 64;
 /// How long a command may take to say what it wants.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
+/// A server without a device ends after this: whoever started it did not come back.
+const IDLE: Duration = Duration::from_secs(30);
+const IDLE_LOOK_MS: u16 = 5000;
 
 /// Serves until the last detach, a shutdown request, SIGTERM or SIGINT.
 pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> Result<ExitCode> {
@@ -31,13 +34,14 @@ pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> 
     let end = Arc::new(end);
     let connections = Arc::new(AtomicUsize::new(0));
     tracing::info!("serving, process {}", std::process::id());
+    let mut idle_since = Instant::now();
     loop {
         let mut fds = [
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(ended.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, PollTimeout::from(IDLE_LOOK_MS)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(fail("watch", e.into())),
         }
@@ -57,13 +61,24 @@ pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> 
             tracing::info!("ended in order");
             return Ok(ExitCode::SUCCESS);
         }
+        if !server.is_idle() {
+            idle_since = Instant::now();
+        } else if idle_since.elapsed() > IDLE && server.end_if_idle() {
+            tracing::info!("nothing to serve: ended");
+            return Ok(ExitCode::SUCCESS);
+        }
         if called && let Ok((stream, _)) = listener.accept() {
             answer_in_thread(server, stream, &end, &connections);
         }
     }
 }
 
-fn answer_in_thread(server: &Arc<Server>, stream: UnixStream, end: &Arc<UnixStream>, connections: &Arc<AtomicUsize>) {
+fn answer_in_thread(
+    server: &Arc<Server>,
+    stream: UnixStream,
+    end: &Arc<UnixStream>,
+    connections: &Arc<AtomicUsize>,
+) {
     if connections.load(Ordering::Acquire) >= CONNECTIONS_MAX {
         tracing::warn!("too many commands at once: one turned away");
         return;
@@ -98,12 +113,12 @@ fn answer(server: &Server, stream: UnixStream, end: &UnixStream) -> std::io::Res
     let ends = matches!(request, Request::Attach { .. } | Request::Detach { .. } | Request::Shutdown);
     let outcome = carry_out(server, request);
     // Without a device there is nothing to serve: after the last detach, after a first attach that failed.
-    let idle = ends && server.is_idle();
-    if idle && !server.is_ending() {
-        server.terminate();
+    let ended = ends && server.end_if_idle();
+    if Server::came_too_late(&outcome) {
+        return Ok(());
     }
     let sent = protocol::send(&mut &stream, &answer_of(outcome));
-    if idle || server.is_ending() {
+    if ended {
         use std::io::Write;
         (&*end).write_all(&[1])?;
     }

@@ -38,13 +38,20 @@ pub fn can_resize(device: &Device) -> bool {
 fn existing(volume: &VolumeInfo) -> Option<(u32, Status)> {
     let identity = engine::identity_of(volume.uuid);
     let ids = tidegate_ublk::list().unwrap_or_default();
-    ids.into_iter().filter_map(|id| tidegate_ublk::state(id).ok()).find(|d| d.identity == identity).map(|d| (d.device_id, d.status))
+    ids.into_iter()
+        .filter_map(|id| tidegate_ublk::state(id).ok())
+        .find(|d| d.identity == identity)
+        .map(|d| (d.device_id, d.status))
 }
 
 impl Server {
     /// A volume whose device waits for a server.
     pub fn waiting_device(&self) -> Option<String> {
-        self.engine.volumes().into_iter().find(|v| existing(v).is_some_and(|(_, s)| s != Status::Dead)).map(|v| v.name)
+        self.engine
+            .volumes()
+            .into_iter()
+            .find(|v| existing(v).is_some_and(|(_, s)| s != Status::Dead))
+            .map(|v| v.name)
     }
 
     /// Takes over the devices that a server which died left waiting.
@@ -56,7 +63,9 @@ impl Server {
             }
             match self.start(&volume) {
                 Ok(path) => tracing::info!("recovered {} of volume '{}'", path.display(), volume.name),
-                Err(e) => tracing::error!("cannot recover the device of volume '{}': {}", volume.name, e.report()),
+                Err(e) => {
+                    tracing::error!("cannot recover the device of volume '{}': {}", volume.name, e.report())
+                }
             }
         }
     }
@@ -74,7 +83,12 @@ impl Server {
             None => Start::New,
         };
         let config = engine::device_config(volume, &backing, &self.geometry);
-        let doors = Doors { engine: Arc::clone(&self.engine), volume: volume.id, stage: Arc::clone(&self.stage), backing };
+        let doors = Doors {
+            engine: Arc::clone(&self.engine),
+            volume: volume.id,
+            stage: Arc::clone(&self.stage),
+            backing,
+        };
         let device = Device::start(&config, start, Arc::new(doors))?;
         let path = device.path();
         let attached = Attached {
@@ -89,7 +103,7 @@ impl Server {
 
     /// Attaches a volume; the path of its device. One that came through a crash is there already: that is no error once.
     pub fn attach(&self, name: &str) -> Result<String> {
-        let _one = self.operations.lock();
+        let _one = self.begin()?;
         let volume = self.volume(name)?;
         let mut attached = self.attached.lock();
         if attached.get(name).is_some_and(|a| a.device.lock().ended()) {
@@ -101,7 +115,10 @@ impl Server {
             if std::mem::take(&mut device.recovered) {
                 return Ok(path);
             }
-            return Err(Error::new(ErrorKind::Busy, format!("volume '{name}' is attached already, as {path}")));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("volume '{name}' is attached already, as {path}"),
+            ));
         }
         drop(attached);
         let path = self.start(&volume)?;
@@ -113,7 +130,7 @@ impl Server {
     /// Ends the device of a volume and, if asked to, flushes the stage. With the last device the engine is closed and the
     /// server is to end.
     pub fn detach(&self, name: &str, flush: bool) -> Result<()> {
-        let _one = self.operations.lock();
+        let _one = self.begin()?;
         let device = self.attached.lock().get(name).map(|a| (Arc::clone(&a.device), a.path.clone()));
         let Some((device, path)) = device else { return Err(crate::commands::detach::not_attached(name)) };
         device.lock().stop(StopMode::RefuseIfOpen).map_err(|e| busy(e, &path))?;
@@ -140,7 +157,10 @@ impl Server {
         attached.retain(|name, a| match a.device.lock().stop(StopMode::RefuseIfOpen) {
             Ok(()) => false,
             Err(e) => {
-                tracing::warn!("the device of volume '{name}' is left waiting for the next server: {}", e.report());
+                tracing::warn!(
+                    "the device of volume '{name}' is left waiting for the next server: {}",
+                    e.report()
+                );
                 true
             }
         });
@@ -156,13 +176,17 @@ impl Server {
 
     fn leave_waiting(&self, devices: &[Arc<Mutex<Device>>]) {
         // While they are served, so that clients pause for as short as possible.
-        self.engine.drain().unwrap_or_else(|e| tracing::error!("not everything is on the backings: {}", e.report()));
+        self.engine
+            .drain()
+            .unwrap_or_else(|e| tracing::error!("not everything is on the backings: {}", e.report()));
         let quiet = devices.iter().filter(|d| d.lock().quiesce(HAND_OVER).is_ok()).count();
         if quiet == devices.len() {
             self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));
         } else {
             // The kernel sends what these devices have in flight again, to the next server; the arena is still there.
-            tracing::info!("this kernel does not hand devices over: the next server recovers them as after a crash");
+            tracing::info!(
+                "this kernel does not hand devices over: the next server recovers them as after a crash"
+            );
         }
     }
 
@@ -192,6 +216,17 @@ impl Server {
     pub fn is_idle(&self) -> bool {
         self.attached.lock().is_empty()
     }
+
+    /// Ends a server that has nothing to serve. Whether it is ended.
+    pub fn end_if_idle(&self) -> bool {
+        let Ok(_one) = self.begin() else { return true };
+        if !self.is_idle() {
+            return false;
+        }
+        self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));
+        self.note_runtime();
+        true
+    }
 }
 
 /// The refusal to stop a device, with the mount points as process 1 sees them.
@@ -204,5 +239,8 @@ fn busy(e: Error, path: &std::path::Path) -> Error {
     if mounts.is_empty() || mounts.iter().all(|m| e.report().contains(m)) {
         return e;
     }
-    Error::new(ErrorKind::Busy, format!("{} is mounted on {}: unmount it first", path.display(), mounts.join(", ")))
+    Error::new(
+        ErrorKind::Busy,
+        format!("{} is mounted on {}: unmount it first", path.display(), mounts.join(", ")),
+    )
 }

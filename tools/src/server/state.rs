@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
 use tidegate_driver::format::geometry::Geometry;
 use tidegate_driver::format::label::backing_bytes_for;
@@ -36,7 +36,11 @@ pub struct Server {
     missing: Mutex<BTreeMap<VolumeId, Error>>,
     /// Nothing more is accepted.
     ending: AtomicBool,
+    closed: AtomicBool,
 }
+
+/// What operations fail with once the server is ending; not told to commands, which look for another server instead.
+const ENDING: &str = "the server is ending";
 
 impl Server {
     /// Opens the stage `uuid` where the registry says it is.
@@ -60,7 +64,8 @@ impl Server {
         }
         let (backings, missing) = open_backings(&superblock, &entries, &stage)?;
         let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
-        let engine = engine::open(Arc::clone(&stage), list, accept_loss).map_err(|e| explain(e, &superblock, &missing))?;
+        let engine = engine::open(Arc::clone(&stage), list, accept_loss)
+            .map_err(|e| explain(e, &superblock, &missing))?;
         let server = Server {
             dir: registry.stage_dir(uuid),
             engine,
@@ -72,6 +77,7 @@ impl Server {
             backings: backings.into(),
             missing: missing.into(),
             ending: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         };
         server.dir.make()?;
         Ok(server)
@@ -120,6 +126,17 @@ impl Server {
         ))
     }
 
+    /// Begins an operation: one at a time, none once the server is ending.
+    pub(super) fn begin(&self) -> Result<MutexGuard<'_, ()>> {
+        let guard = self.operations.lock();
+        if self.is_ending() { Err(Error::new(ErrorKind::Busy, ENDING)) } else { Ok(guard) }
+    }
+
+    /// Whether an operation failed only because the server is ending.
+    pub fn came_too_late<T>(outcome: &Result<T>) -> bool {
+        outcome.as_ref().is_err_and(|e| e.report() == ENDING)
+    }
+
     fn free(&self, name: &str) -> Result<()> {
         match self.attached.lock().get(name) {
             None => Ok(()),
@@ -132,10 +149,13 @@ impl Server {
 
     /// Adds a volume with the backing at `path`.
     pub fn add_volume(&self, new: NewVolume) -> Result<Uuid> {
-        let _one = self.operations.lock();
+        let _one = self.begin()?;
         let disk = FileDisk::open_exclusive(Path::new(&new.backing)).map_err(|e| e.within("backing"))?;
         if overlap(disk.identity(), self.stage.identity()) {
-            return Err(Error::new(ErrorKind::Invalid, format!("{} is the stage: use another backing", new.backing)));
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{} is the stage: use another backing", new.backing),
+            ));
         }
         let disk = Arc::new(disk);
         let info = self.engine.add_volume(Arc::clone(&disk), new)?;
@@ -145,7 +165,7 @@ impl Server {
 
     /// Removes a volume that is not attached, after bringing everything to the backings.
     pub fn remove_volume(&self, name: &str) -> Result<()> {
-        let _one = self.operations.lock();
+        let _one = self.begin()?;
         self.free(name)?;
         let volume = self.volume(name)?;
         self.engine.drain()?;
@@ -156,13 +176,15 @@ impl Server {
 
     /// Changes the size of a volume, attached or not.
     pub fn resize(&self, name: &str, bytes: u64, shrink: bool) -> Result<()> {
-        let _one = self.operations.lock();
+        let _one = self.begin()?;
         let mut volume = self.volume(name)?;
         let old = std::mem::replace(&mut volume.size_bytes, bytes);
         volume.validate()?;
         if bytes < old {
             if !shrink {
-                let what = format!("volume '{name}' has {old} bytes, {bytes} is less: --shrink does it, what is beyond is lost");
+                let what = format!(
+                    "volume '{name}' has {old} bytes, {bytes} is less: --shrink does it, what is beyond is lost"
+                );
                 return Err(Error::new(ErrorKind::Invalid, what));
             }
             self.free(name)?;
@@ -182,17 +204,24 @@ impl Server {
 
     /// Brings everything that was accepted to the backings.
     pub fn flush(&self) -> Result<()> {
+        // Beside other operations: it may take long and changes nothing that they look at.
         self.engine.drain()
     }
 
-    /// Closes the engine; if it cannot flush, what is staged stays in the stage.
+    /// Closes the engine, once; if it cannot flush, what is staged stays in the stage.
     pub fn close(&self, flush: bool) -> Result<()> {
         self.begin_end();
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
         self.engine.close(flush).or_else(|e| {
             if flush {
                 self.engine.close(false)?;
             }
-            Err(Error::new(e.kind(), format!("not everything could be flushed, the rest stays in the stage: {}", e.report())))
+            Err(Error::new(
+                e.kind(),
+                format!("not everything could be flushed, the rest stays in the stage: {}", e.report()),
+            ))
         })
     }
 
@@ -205,7 +234,11 @@ impl Server {
             .iter()
             .filter_map(|(name, attached)| {
                 let volume = volumes.iter().find(|v| v.name == *name)?;
-                Some(RuntimeDevice { volume: name.clone(), volume_uuid: volume.uuid, device_id: attached.device_id })
+                Some(RuntimeDevice {
+                    volume: name.clone(),
+                    volume_uuid: volume.uuid,
+                    device_id: attached.device_id,
+                })
             })
             .collect();
         let runtime = Runtime {
@@ -232,7 +265,8 @@ fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -
         let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing.clone());
         match FileDisk::open_exclusive(&path) {
             Ok(disk) if overlap(disk.identity(), stage.identity()) => {
-                let what = format!("{} is the backing of volume '{}' and the stage", path.display(), volume.name);
+                let what =
+                    format!("{} is the backing of volume '{}' and the stage", path.display(), volume.name);
                 return Err(Error::new(ErrorKind::WrongDevice, what));
             }
             Ok(disk) => {
@@ -252,9 +286,15 @@ fn explain(e: Error, superblock: &Superblock, missing: &BTreeMap<VolumeId, Error
     let reasons: Vec<String> = superblock
         .volumes
         .iter()
-        .filter_map(|v| missing.get(&v.id).map(|why| format!("backing of volume '{}': {}", v.name, why.report())))
+        .filter_map(|v| {
+            missing.get(&v.id).map(|why| format!("backing of volume '{}': {}", v.name, why.report()))
+        })
         .collect();
-    if reasons.is_empty() { e } else { Error::new(e.kind(), format!("{}; {}", e.report(), reasons.join("; "))) }
+    if reasons.is_empty() {
+        e
+    } else {
+        Error::new(e.kind(), format!("{}; {}", e.report(), reasons.join("; ")))
+    }
 }
 
 /// Makes a backing file long enough; a device must be.

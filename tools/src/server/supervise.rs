@@ -50,20 +50,31 @@ pub fn run(registry: &Registry, args: &StageArg) -> Result<ExitCode> {
         accept_loss = false;
         quick = if lived < QUICK { quick + 1 } else { 1 };
         if quick > QUICK_MAX {
-            let what = format!("the server died {QUICK_MAX} times in a row ({status}): given up; find out why, then attach again");
+            let what = format!(
+                "the server died {QUICK_MAX} times in a row ({status}): given up; find out why, then attach again"
+            );
             let e = Error::new(ErrorKind::Io, what);
             tracing::error!("{}", e.report());
             dir.put_start_error(Some(&e))?;
             return Err(e);
         }
         let pause = if quick == 1 { Duration::ZERO } else { BACKOFF_FIRST * 2u32.pow(quick) };
-        tracing::error!("the server died after {} s ({status}): starting another in {} ms", lived.as_secs(), pause.as_millis());
+        tracing::error!(
+            "the server died after {} s ({status}): starting another in {} ms",
+            lived.as_secs(),
+            pause.as_millis()
+        );
         std::thread::sleep(pause);
     }
 }
 
 /// Runs a server to its end. Whether it was told to end, by a signal to this process.
-fn run_server(registry: &Registry, args: &StageArg, accept_loss: bool, signals: &Signals) -> Result<(ExitStatus, bool)> {
+fn run_server(
+    registry: &Registry,
+    args: &StageArg,
+    accept_loss: bool,
+    signals: &Signals,
+) -> Result<(ExitStatus, bool)> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("tidegate").arg("--state-dir").arg(registry.dir()).arg("serve").arg(args.stage.to_string());
     command.arg("--supervisor").arg(std::process::id().to_string());
@@ -80,7 +91,9 @@ fn run_server(registry: &Registry, args: &StageArg, accept_loss: bool, signals: 
     let mut told_to_end = false;
     loop {
         match ended.recv_timeout(Duration::from_millis(200)) {
-            Ok(status) => return Ok((status.map_err(|e| Error::io("cannot wait for the server", e))?, told_to_end)),
+            Ok(status) => {
+                return Ok((status.map_err(|e| Error::io("cannot wait for the server", e))?, told_to_end));
+            }
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(Error::new(ErrorKind::Io, "cannot wait for the server"));
