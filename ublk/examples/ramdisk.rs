@@ -71,6 +71,9 @@ struct Args {
     /// Hold every request back this long, in milliseconds, so that some are in flight at a kill (doors `null`, `ram`).
     #[arg(long, default_value_t = 0)]
     delay_ms: u64,
+    /// The door of this queue cannot be opened.
+    #[arg(long)]
+    fail_queue: Option<u16>,
 }
 
 /// The data, mapped.
@@ -114,6 +117,7 @@ struct Factory {
     file: Option<Arc<File>>,
     options: TargetOptions,
     delay: Duration,
+    fail_queue: Option<u16>,
 }
 
 struct TestDoor {
@@ -126,7 +130,10 @@ const TARGET: Target = Target::Backing(VolumeId(0));
 impl DoorFactory for &'static Factory {
     type Door = TestDoor;
 
-    fn open(&self, _queue: u16, _waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<TestDoor> {
+    fn open(&self, queue: u16, _waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<TestDoor> {
+        if self.fail_queue == Some(queue) {
+            return Err(Error::new(ErrorKind::Io, "told to fail"));
+        }
         if let (DoorKind::File, Some(file)) = (self.kind, &self.file) {
             reactor.register(TARGET, Arc::clone(file), self.options)?;
         }
@@ -247,8 +254,14 @@ fn run(args: &Args) -> Result<()> {
         _ => None,
     };
     let delay = Duration::from_millis(args.delay_ms);
-    let factory: &'static Factory =
-        Box::leak(Box::new(Factory { kind: args.door, map, file, options, delay }));
+    let factory: &'static Factory = Box::leak(Box::new(Factory {
+        kind: args.door,
+        map,
+        file,
+        options,
+        delay,
+        fail_queue: args.fail_queue,
+    }));
     let config = DeviceConfig {
         size_bytes: args.size_mib << 20,
         logical_block_bytes: args.block,

@@ -202,6 +202,18 @@ impl FileDisk {
         Ok(whole)
     }
 
+    /// Makes a regular file at least `bytes` long; the new part is a hole. Devices stay as they are.
+    pub fn grow_file(&self, bytes: u64) -> Result<()> {
+        if self.is_block_device() || self.refresh_len()? >= bytes {
+            return Ok(());
+        }
+        self.file
+            .set_len(bytes)
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| self.error("enlarge", 0, 0, e))?;
+        self.refresh_len().map(|_| ())
+    }
+
     /// The path it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {

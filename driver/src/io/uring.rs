@@ -488,8 +488,10 @@ impl Drop for Reactor {
         if self.wake.is_armed() {
             self.wake.leak();
         }
-        // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring.
-        let _ = self.ring.submitter().unregister_files();
+        // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring. Emptying the
+        // table, unlike unregistering it, never waits for commands that still use a file (up to 6.12 that is for ever
+        // if one of them is a ublk fetch).
+        let _ = self.ring.submitter().register_files_update(0, &[-1; FILES_MAX]);
     }
 }
 

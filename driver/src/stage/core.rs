@@ -435,6 +435,14 @@ impl Core {
         &self.ring
     }
 
+    /// Bytes of regions that are not reclaimed yet; the open one counts as far as it is filled.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        let full = self.ring.regions().len() as u64 - 1;
+        let geometry = self.ring.geometry();
+        full * u64::from(geometry.region_bytes) + u64::from(self.ring.cursor())
+    }
+
     /// Extents in all indexes.
     #[must_use]
     pub fn extent_count(&self) -> usize {

@@ -352,6 +352,12 @@ impl Ring {
         self.regions.back().expect("an open region").start.seq
     }
 
+    /// Next free byte of the open region.
+    #[must_use]
+    pub fn cursor(&self) -> u32 {
+        self.cursor
+    }
+
     /// LSN of the next record.
     #[must_use]
     pub fn next_lsn(&self) -> Lsn {

@@ -1,0 +1,495 @@
+//! The background: flushing, bringing cold regions into memory, writing tables of full regions, retrying after errors.
+//! One per engine, driven by its thread (or the simulator) through [`Background::step`] and [`Background::op_done`];
+//! it decides and emits operations, and never blocks.
+//!
+//! It sleeps without a deadline when nothing is staged and nothing has failed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::shared::{Clock, LOG_TOKEN, Shared};
+use crate::base::checksum::crc64;
+use crate::base::{Lsn, VolumeId};
+use crate::flush::epoch::{
+    Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
+};
+use crate::flush::{Plan, PlanParams};
+use crate::format::checkpoint::Checkpoint;
+use crate::format::patch::PatchImage;
+use crate::format::record::Record;
+use crate::format::region::{FOOTER_BYTES, TABLE_ENTRY_BYTES, TableEntry, TableInfo, table_bytes};
+use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
+use crate::recovery::scan::walk_region;
+use crate::stage::core::{Outcome, payload_offset, source_of};
+use crate::stage::index::Extent;
+use crate::stage::ring::{ClosedGroup, RegionState, TableState};
+use crate::stage::serve::Epoch;
+use crate::stage::walk::{Expected, visit_headers};
+use zerocopy::IntoBytes;
+
+/// Staged data are flushed when nothing arrived for this long.
+const IDLE_NS: u64 = 300_000_000;
+/// How often a region that readers hold is tried again.
+const RECLAIM_RETRY_NS: u64 = 5_000_000;
+/// First and longest pause before a failed flush is tried again.
+const FLUSH_RETRY_NS: (u64, u64) = (100_000_000, 5_000_000_000);
+/// First and longest pause before a failed log write is tried again.
+const LOG_RETRY_NS: (u64, u64) = (50_000_000, 2_000_000_000);
+/// Tokens: what the operation belongs to in the high half, the epoch's own token in the low one.
+const EPOCH_TOKENS: u64 = 1 << 32;
+const SEAL_TOKEN: Token = Token(2 << 32);
+const LOAD_TOKEN: Token = Token(3 << 32);
+
+/// A pause that doubles.
+#[derive(Clone, Copy, Debug, Default)]
+struct BackOff {
+    until_ns: u64,
+    pause_ns: u64,
+}
+
+impl BackOff {
+    fn failed(&mut self, now_ns: u64, (first, longest): (u64, u64)) {
+        self.pause_ns = (self.pause_ns * 2).clamp(first, longest);
+        self.until_ns = now_ns + self.pause_ns;
+    }
+}
+
+/// What the background has to tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackgroundStatus {
+    /// Epochs flushed.
+    pub epochs: u64,
+    /// Bytes written to backings.
+    pub flushed_bytes: u64,
+    /// Operations on backings that failed.
+    pub backing_errors: u64,
+    /// The backing that fails and how, while it does.
+    pub backing_problem: Option<(VolumeId, String)>,
+    /// Why the stage device fails, while it does.
+    pub stage_problem: Option<String>,
+    /// Damage that was found.
+    pub damage: Option<String>,
+    /// The checkpoint.
+    pub checkpoint_lsn: Lsn,
+}
+
+/// The background of an engine.
+pub struct Background {
+    shared: Arc<Shared>,
+    targets: BTreeMap<VolumeId, FlushTarget>,
+    unsettled: Vec<PatchImage>,
+    pool: Vec<AlignedBuf>,
+    checkpoint: Checkpoint,
+    epoch: Option<EpochRun>,
+    sealing: Option<RegionState>,
+    loading: Option<RegionState>,
+    /// Whether the arena came from the previous server, so that cold regions may be whole in it.
+    arena_reused: bool,
+    log_group: Option<ClosedGroup>,
+    flush_retry: BackOff,
+    log_retry: BackOff,
+    idle_since_ns: u64,
+    seen_claimed: Lsn,
+    /// Flush everything up to here at once.
+    drain_to: Lsn,
+    outcomes: Vec<Outcome>,
+    /// What it has to tell.
+    pub status: BackgroundStatus,
+}
+
+impl Background {
+    /// Background of an engine whose log starts at `checkpoint`.
+    #[must_use]
+    pub fn new(
+        shared: Arc<Shared>,
+        targets: BTreeMap<VolumeId, FlushTarget>,
+        checkpoint: Checkpoint,
+        arena_reused: bool,
+    ) -> Background {
+        let status = BackgroundStatus { checkpoint_lsn: checkpoint.lsn, ..BackgroundStatus::default() };
+        Background {
+            shared,
+            targets,
+            unsettled: Vec::new(),
+            pool: flush_pool(),
+            checkpoint,
+            epoch: None,
+            sealing: None,
+            loading: None,
+            arena_reused,
+            log_group: None,
+            flush_retry: BackOff::default(),
+            log_retry: BackOff::default(),
+            idle_since_ns: 0,
+            seen_claimed: Lsn::ZERO,
+            drain_to: Lsn::ZERO,
+            outcomes: Vec::new(),
+            status,
+        }
+    }
+
+    /// Flushes everything published so far as soon as possible. Done when the checkpoint has reached the returned LSN.
+    pub fn drain(&mut self) -> Lsn {
+        let mut core = self.shared.core.lock();
+        core.request_commit();
+        self.drain_to = core.published();
+        self.flush_retry.until_ns = 0;
+        self.drain_to
+    }
+
+    /// Begins to flush a volume.
+    pub fn add_target(&mut self, volume: VolumeId, target: FlushTarget) {
+        self.targets.insert(volume, target);
+    }
+
+    /// Stops flushing a volume, which has nothing staged.
+    pub fn remove_target(&mut self, volume: VolumeId) {
+        self.targets.remove(&volume);
+        self.checkpoint.flushed.remove(&volume);
+    }
+
+    /// The label of a volume was rewritten (resize).
+    pub fn target_mut(&mut self, volume: VolumeId) -> Option<&mut FlushTarget> {
+        self.targets.get_mut(&volume)
+    }
+
+    /// The engine's clock.
+    #[must_use]
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.shared.clock.clone()
+    }
+
+    /// Whether an epoch is being flushed.
+    #[must_use]
+    pub fn is_flushing(&self) -> bool {
+        self.epoch.is_some()
+    }
+
+    /// Whether operations of the background are in flight.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.epoch.is_some() || self.sealing.is_some() || self.loading.is_some() || self.log_group.is_some()
+    }
+
+    /// Does what is due at `now_ns` (monotonic). Returns when it wants to be called again at the latest; `None`: only
+    /// when something happens.
+    pub fn step(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) -> Option<u64> {
+        self.shared.core.lock().background_came();
+        self.retry_log(now_ns);
+        self.run(submit);
+        self.load(submit);
+        self.seal(submit);
+        self.flush(now_ns, submit);
+        {
+            let mut core = self.shared.core.lock();
+            if core.reclaim_is_pending() {
+                core.reclaim(&self.shared.arena);
+            }
+            core.pump_commit();
+        }
+        self.run(submit);
+        self.deadline(now_ns)
+    }
+
+    fn deadline(&self, now_ns: u64) -> Option<u64> {
+        let core = self.shared.core.lock();
+        let mut deadline: Option<u64> = None;
+        let mut at_latest = |at: u64| deadline = Some(deadline.map_or(at, |d| d.min(at)));
+        if core.log_has_failed() {
+            at_latest(self.log_retry.until_ns);
+        }
+        if core.reclaim_is_pending() {
+            at_latest(now_ns + RECLAIM_RETRY_NS);
+        }
+        if core.claimed() > core.checkpoint() && self.epoch.is_none() && !core.is_damaged() {
+            at_latest(self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS).max(now_ns + 1));
+        }
+        deadline
+    }
+
+    fn run(&mut self, submit: &mut dyn FnMut(Op)) {
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        self.shared.core.lock().take_outcomes(&mut outcomes);
+        if let Some(group) = self.shared.dispatch(&mut outcomes, None, submit) {
+            self.log_group = Some(group);
+        }
+        assert!(outcomes.is_empty(), "the background has no door");
+        self.outcomes = outcomes;
+    }
+
+    fn retry_log(&mut self, now_ns: u64) {
+        let mut core = self.shared.core.lock();
+        if !core.log_has_failed() {
+            self.log_retry = BackOff::default();
+            return;
+        }
+        if self.log_retry.until_ns == 0 {
+            self.log_retry.failed(now_ns, LOG_RETRY_NS);
+        } else if now_ns >= self.log_retry.until_ns {
+            self.log_retry.failed(now_ns, LOG_RETRY_NS);
+            core.retry_log();
+        }
+    }
+
+    // ---- cold regions
+
+    fn load(&mut self, submit: &mut dyn FnMut(Op)) {
+        while self.loading.is_none() && self.status.damage.is_none() {
+            let Some(region) = self.shared.core.lock().next_cold_region() else {
+                self.arena_reused = false;
+                return;
+            };
+            if self.arena_reused && self.is_whole(&region) {
+                self.loaded(&region);
+                continue;
+            }
+            let len = self.shared.geometry.region_bytes;
+            submit(Op {
+                token: LOAD_TOKEN,
+                target: Target::Stage,
+                kind: OpKind::Read,
+                offset: self.shared.geometry.region_offset(region.start.seq),
+                len: u64::from(len),
+                memory: Memory::Shared {
+                    region: self.shared.arena.clone(),
+                    offset: self.shared.arena.position(region.start.seq, 0),
+                    len: len as usize,
+                },
+            });
+            self.loading = Some(region);
+        }
+    }
+
+    /// Whether the arena holds the region as the log has it, every record checked.
+    fn is_whole(&self, region: &RegionState) -> bool {
+        let image = self.shared.arena.bytes(region.start.seq, 0, region.data_end);
+        let walked = walk_region(image, region.start, &self.shared.rules);
+        walked.data_end == region.data_end
+            && walked.group_count == region.group_count
+            && walked.records.len() == region.record_count as usize
+    }
+
+    fn loaded(&mut self, region: &RegionState) {
+        self.shared.core.lock().region_loaded(region.start.seq, &mut self.outcomes);
+    }
+
+    fn load_done(&mut self, result: Result<(), Errno>) {
+        let region = self.loading.take().expect("a region is being loaded");
+        let position = self.shared.geometry.region_offset(region.start.seq);
+        match result {
+            Ok(()) if self.is_whole(&region) => {
+                self.loaded(&region);
+                return;
+            }
+            Ok(()) => {
+                let image = self.shared.arena.bytes(region.start.seq, 0, region.data_end);
+                let good = walk_region(image, region.start, &self.shared.rules).data_end;
+                self.status.damage = Some(format!(
+                    "damage in the log at byte {} (region {}, offset {good}): the group there is invalid, newer ones exist",
+                    position + u64::from(good),
+                    region.start.seq
+                ));
+            }
+            Err(errno) => {
+                self.status.damage = Some(format!(
+                    "the log cannot be read at byte {position} (region {}): {errno}",
+                    region.start.seq
+                ));
+            }
+        }
+        self.shared.core.lock().refuse_everything();
+    }
+
+    // ---- tables of full regions
+
+    fn seal(&mut self, submit: &mut dyn FnMut(Op)) {
+        if self.sealing.is_some() {
+            return;
+        }
+        let region = {
+            let mut core = self.shared.core.lock();
+            let Some(region) = core.next_seal() else { return };
+            core.set_table_state(region.start.seq, TableState::Writing);
+            region
+        };
+        let seq = region.start.seq;
+        let geometry = self.shared.geometry;
+        let offset = geometry.region_bytes - table_bytes(region.record_count, geometry.block_bytes);
+        let mut table: Vec<u8> = Vec::with_capacity((region.record_count * TABLE_ENTRY_BYTES) as usize);
+        self.visit(&region, |record_offset, record| {
+            table.extend_from_slice(TableEntry::new(record, record_offset).as_bytes());
+        });
+        let info = TableInfo {
+            start: region.start,
+            entry_count: region.record_count,
+            group_count: region.group_count,
+            data_end: region.data_end,
+            table_checksum: crc64(&table),
+        };
+        let arena = &self.shared.arena;
+        arena.zero(seq, offset, geometry.region_bytes);
+        arena.put(seq, offset, &table);
+        arena.put(seq, geometry.region_bytes - FOOTER_BYTES, info.encode(self.shared.rules.salt).as_bytes());
+        let len = geometry.region_bytes - offset;
+        submit(Op {
+            token: SEAL_TOKEN,
+            target: Target::Stage,
+            kind: OpKind::Write,
+            offset: geometry.region_offset(seq) + u64::from(offset),
+            len: u64::from(len),
+            memory: Memory::Shared {
+                region: self.shared.arena.clone(),
+                offset: arena.position(seq, offset),
+                len: len as usize,
+            },
+        });
+        self.sealing = Some(region);
+    }
+
+    fn visit(&self, region: &RegionState, visit: impl FnMut(u32, &Record)) {
+        let image = self.shared.arena.bytes(region.start.seq, 0, region.durable_end);
+        let expected = Expected {
+            region: region.start.seq,
+            group_seq: region.start.first_group_seq,
+            first_lsn: region.start.first_lsn,
+        };
+        let whole = visit_headers(image, expected, &self.shared.rules, visit);
+        assert!(whole, "P3: the arena's copy of region {} was damaged in memory", region.start.seq);
+    }
+
+    // ---- flushing
+
+    fn flush(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
+        if self.epoch.is_none() && now_ns >= self.flush_retry.until_ns {
+            self.begin_epoch(now_ns);
+        }
+        let Some(epoch) = &mut self.epoch else { return };
+        let mut io = EpochIo {
+            arena: &self.shared.arena,
+            targets: &mut self.targets,
+            unsettled: &mut self.unsettled,
+            pool: &mut self.pool,
+        };
+        let ended = epoch.pump(&mut io, &mut |mut op| {
+            op.token.0 |= EPOCH_TOKENS;
+            submit(op);
+        });
+        match ended {
+            None => {}
+            Some(Ended::Flushed) => self.epoch_flushed(now_ns, submit),
+            Some(Ended::Failed { target, errno }) => self.epoch_failed(now_ns, target, errno),
+        }
+    }
+
+    fn begin_epoch(&mut self, now_ns: u64) {
+        let (epoch, regions, head) = {
+            let mut core = self.shared.core.lock();
+            if core.is_damaged() && core.cold_regions() > 0 {
+                return;
+            }
+            if core.claimed() != self.seen_claimed {
+                self.seen_claimed = core.claimed();
+                self.idle_since_ns = now_ns;
+            }
+            let unflushed = core.claimed() > core.checkpoint();
+            let idle = unflushed && now_ns >= self.idle_since_ns + IDLE_NS;
+            let draining = self.drain_to > core.checkpoint();
+            if !(idle || draining || core.above_high_mark()) {
+                return;
+            }
+            let all = idle || draining || core.waiting() > 0;
+            if all && core.durable() < core.published() {
+                core.request_commit();
+                core.pump_commit();
+            }
+            let Some(epoch) = core.next_epoch(all) else { return };
+            (epoch, core.epoch_regions(&epoch), core.head_after(epoch.to))
+        };
+        let plans = self.plan(&epoch, &regions);
+        let time_ns = self.shared.clock.unix_ns();
+        let volumes = plans.iter().map(|(volume, _)| *volume);
+        let checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        let rules = &self.shared.rules;
+        self.epoch =
+            Some(EpochRun::new(epoch, checkpoint, plans, rules.salt, self.shared.geometry.patch_bytes));
+    }
+
+    /// One plan per volume that the epoch touches. Records of volumes that were deleted concern nobody.
+    fn plan(&self, epoch: &Epoch, regions: &[RegionState]) -> Vec<(VolumeId, Plan)> {
+        let mut extents: BTreeMap<VolumeId, Vec<Extent>> = BTreeMap::new();
+        for region in regions {
+            let seq = region.start.seq;
+            self.visit(region, |record_offset, record| {
+                let source = source_of(record.kind, seq, payload_offset(record_offset));
+                let in_epoch = record.lsn > epoch.from && record.lsn <= epoch.to;
+                if let Some(source) = source.filter(|_| in_epoch && self.targets.contains_key(&record.volume))
+                {
+                    let extent = Extent { range: record.range, lsn: record.lsn, source };
+                    extents.entry(record.volume).or_default().push(extent);
+                }
+            });
+        }
+        extents
+            .into_iter()
+            .map(|(volume, extents)| {
+                let params = PlanParams {
+                    block_bytes: self.targets[&volume].block_bytes,
+                    run_bytes_max: FLUSH_BUFFER_BYTES as u32,
+                };
+                (volume, Plan::build(extents.into_iter(), params))
+            })
+            .collect()
+    }
+
+    fn epoch_flushed(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
+        let run = self.epoch.take().expect("an epoch ended");
+        self.checkpoint = run.checkpoint().clone();
+        self.status.epochs += 1;
+        self.status.flushed_bytes += run.written_bytes;
+        self.status.backing_problem = None;
+        self.status.stage_problem = None;
+        self.status.checkpoint_lsn = run.epoch.to;
+        self.flush_retry = BackOff::default();
+        self.shared.core.lock().checkpointed(&self.shared.arena, run.epoch.to, run.written_ranges());
+        self.run(submit);
+        self.flush(now_ns, submit);
+    }
+
+    fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {
+        self.epoch = None;
+        self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
+        match target {
+            Target::Backing(volume) => {
+                self.status.backing_errors += 1;
+                self.status.backing_problem = Some((volume, errno.to_string()));
+            }
+            Target::Stage => {
+                self.status.stage_problem = Some(format!("writing to the stage device failed: {errno}"));
+            }
+        }
+    }
+
+    /// Takes the completion of an operation that was submitted by this background. Call [`Background::step`] after it.
+    pub fn op_done(&mut self, done: Done) {
+        if done.token == LOG_TOKEN {
+            let group = self.log_group.take().expect("a log write is in flight");
+            self.shared.core.lock().log_written(&group, done.result);
+        } else if done.token == LOAD_TOKEN {
+            self.load_done(done.result);
+        } else if done.token == SEAL_TOKEN {
+            // A table that could not be written is missed by nobody but the next recovery, which scans the region.
+            let region = self.sealing.take().expect("a table is being written");
+            self.shared.core.lock().set_table_state(region.start.seq, TableState::Written);
+        } else {
+            let epoch = self.epoch.as_mut().expect("an epoch is being flushed");
+            let mut io = EpochIo {
+                arena: &self.shared.arena,
+                targets: &mut self.targets,
+                unsettled: &mut self.unsettled,
+                pool: &mut self.pool,
+            };
+            let token = Token(done.token.0 & (EPOCH_TOKENS - 1));
+            epoch.op_done(Done { token, ..done }, &mut io);
+        }
+    }
+}
