@@ -71,6 +71,8 @@ pub enum Request {
         volume: String,
         /// New size.
         size_bytes: u64,
+        /// It may be smaller.
+        shrink: bool,
     },
     /// Bring everything that was accepted to the backings.
     Flush,
@@ -173,7 +175,9 @@ pub fn parse_request(line: &str) -> Result<Request> {
     struct Version {
         version: u32,
     }
-    let bad = |e: serde_json::Error| Error::new(ErrorKind::Invalid, format!("the request cannot be understood: {e}"));
+    let bad = |e: serde_json::Error| {
+        Error::new(ErrorKind::Invalid, format!("the request cannot be understood: {e}"))
+    };
     let Version { version } = serde_json::from_str(line).map_err(bad)?;
     if version != VERSION {
         return Err(Error::new(

@@ -1,0 +1,88 @@
+//! The one place where the command and the server meet the engine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tidegate_driver::base::{Result, VolumeId};
+use tidegate_driver::format::geometry::Geometry;
+use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
+use tidegate_driver::io::uring::{Reactor, TargetOptions};
+use tidegate_driver::io::{Disk, FileDisk, Target};
+use tidegate_driver::volume::Wake;
+use tidegate_driver::volume::door::VolumeDoor;
+use tidegate_ublk::{DeviceConfig, DoorFactory};
+use uuid::Uuid;
+
+pub use crate::stub::{
+    Engine, EngineConfig, NewVolume, StageOptions, add_volume, check, create_stage, inspect, read_label,
+    read_superblock, remove_volume,
+};
+
+/// Where arenas live: memory with a name, which outlives the process.
+pub fn arena_dir() -> PathBuf {
+    std::env::var_os("TIDEGATE_ARENA_DIR").map_or_else(|| PathBuf::from("/dev/shm/tidegate"), PathBuf::from)
+}
+
+/// Opens the engine of a stage.
+pub fn open(
+    stage: Arc<FileDisk>,
+    backings: Vec<(VolumeId, Arc<FileDisk>)>,
+    accept_loss: bool,
+) -> Result<Arc<Engine>> {
+    Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss })
+}
+
+/// How clients see the device of a volume.
+pub fn device_config(volume: &VolumeInfo, backing: &FileDisk, geometry: &Geometry) -> DeviceConfig {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    DeviceConfig {
+        size_bytes: volume.size_bytes,
+        logical_block_bytes: volume.block_bytes,
+        physical_block_bytes: backing.preferred_block_bytes().max(volume.block_bytes),
+        queues: u16::try_from(cpus.min(QUEUES_MAX)).unwrap_or(1),
+        // One record holds a request; the kernel wants whole 64 KiB.
+        max_io_bytes: (geometry.payload_bytes_max() & !0xffff).max(0x1_0000),
+        volatile_cache: volume.ack != AckLevel::Log,
+        identity: identity_of(volume.uuid),
+        ..DeviceConfig::default()
+    }
+}
+
+/// More queues than this do not help one log.
+const QUEUES_MAX: usize = 4;
+
+/// What marks a ublk device as that of a volume. Never zero.
+pub fn identity_of(volume: Uuid) -> u64 {
+    let (high, low) = volume.as_u64_pair();
+    (high ^ low).max(1)
+}
+
+/// Makes the doors of a volume, one on each queue thread of its device.
+#[derive(Clone)]
+pub struct Doors {
+    /// The engine.
+    pub engine: Arc<Engine>,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The stage.
+    pub stage: Arc<FileDisk>,
+    /// The volume's backing.
+    pub backing: Arc<FileDisk>,
+}
+
+impl DoorFactory for Doors {
+    type Door = VolumeDoor;
+
+    fn open(&self, _queue: u16, waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<VolumeDoor> {
+        for (target, disk) in [(Target::Stage, &self.stage), (Target::Backing(self.volume), &self.backing)] {
+            let options = TargetOptions { direct: disk.is_direct(), is_block_device: disk.is_block_device() };
+            reactor.register(target, Arc::clone(disk.file()), options)?;
+        }
+        self.engine.door(self.volume, waker)
+    }
+}
+
+/// A problem that `check` found, on one line.
+pub fn describe(problem: &crate::stub::Problem) -> String {
+    format!("{}: at byte {}: {}", problem.severity, problem.position, problem.message)
+}
