@@ -70,7 +70,7 @@ pub enum Command {
     /// Remove a volume from its stage; files and devices stay
     #[command(after_help = "Example:\n  tidegate detach db && tidegate delete db")]
     Delete(Delete),
-    /// Change the size of a volume
+    /// Make a volume larger
     #[command(
         after_help = "Example:\n  lvextend -L +10G /dev/vg/db && tidegate resize db 50G && xfs_growfs /srv/db"
     )]
@@ -86,7 +86,7 @@ pub enum Command {
     Supervise(StageArg),
     /// Print shell completions
     #[command(hide = true)]
-    Completions {
+    Completion {
         /// Shell
         shell: clap_complete::Shell,
     },
@@ -312,9 +312,6 @@ pub struct Resize {
     /// New size
     #[arg(allow_hyphen_values = true)]
     pub size: Size,
-    /// Make it smaller: what is beyond the new end is lost
-    #[arg(long)]
-    pub shrink: bool,
 }
 
 /// Commands that need a name only.

@@ -3,20 +3,25 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tidegate_driver::base::limits::REGION_BYTES_DEFAULT;
 use tidegate_driver::base::{Result, VolumeId};
-use tidegate_driver::format::geometry::Geometry;
+use tidegate_driver::format::geometry::PATCH_BYTES_DEFAULT;
 use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
-use tidegate_driver::io::uring::{Reactor, TargetOptions};
-use tidegate_driver::io::{Disk, FileDisk, Target};
-use tidegate_driver::volume::Wake;
-use tidegate_driver::volume::door::VolumeDoor;
+use tidegate_driver::io::uring::Reactor;
+use tidegate_driver::io::{Disk, FileDisk};
+use tidegate_driver::volume::{VolumeDoor, Wake};
 use tidegate_ublk::{DeviceConfig, DoorFactory};
 use uuid::Uuid;
 
-pub use crate::stub::{
-    Engine, EngineConfig, NewVolume, StageOptions, add_volume, check, create_stage, inspect, read_label,
-    read_superblock, remove_volume,
+pub use crate::stub::{Problem, check, inspect};
+pub use tidegate_driver::volume::admin::{
+    NewVolume, StageOptions, add_volume, create_stage, read_superblock, remove_volume,
 };
+pub use tidegate_driver::volume::{Engine, EngineConfig};
+
+/// Sizes of a stage in a file that is still to be made.
+pub const STAGE_OPTIONS: StageOptions =
+    StageOptions { region_bytes: REGION_BYTES_DEFAULT, patch_bytes: PATCH_BYTES_DEFAULT, block_bytes: 4096 };
 
 /// Where arenas live: memory with a name, which outlives the process.
 pub fn arena_dir() -> PathBuf {
@@ -33,7 +38,7 @@ pub fn open(
 }
 
 /// How clients see the device of a volume.
-pub fn device_config(volume: &VolumeInfo, backing: &FileDisk, geometry: &Geometry) -> DeviceConfig {
+pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -> DeviceConfig {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     DeviceConfig {
         size_bytes: volume.size_bytes,
@@ -41,7 +46,7 @@ pub fn device_config(volume: &VolumeInfo, backing: &FileDisk, geometry: &Geometr
         physical_block_bytes: backing.preferred_block_bytes().max(volume.block_bytes),
         queues: u16::try_from(cpus.min(QUEUES_MAX)).unwrap_or(1),
         // One record holds a request; the kernel wants whole 64 KiB.
-        max_io_bytes: (geometry.payload_bytes_max() & !0xffff).max(0x1_0000),
+        max_io_bytes: (engine.request_bytes_max() & !0xffff).max(0x1_0000),
         volatile_cache: volume.ack != AckLevel::Log,
         identity: identity_of(volume.uuid),
         ..DeviceConfig::default()
@@ -58,31 +63,23 @@ pub fn identity_of(volume: Uuid) -> u64 {
 }
 
 /// Makes the doors of a volume, one on each queue thread of its device.
-#[derive(Clone)]
 pub struct Doors {
     /// The engine.
     pub engine: Arc<Engine>,
     /// The volume.
     pub volume: VolumeId,
-    /// The stage.
-    pub stage: Arc<FileDisk>,
-    /// The volume's backing.
-    pub backing: Arc<FileDisk>,
 }
 
 impl DoorFactory for Doors {
     type Door = VolumeDoor;
 
     fn open(&self, _queue: u16, waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<VolumeDoor> {
-        for (target, disk) in [(Target::Stage, &self.stage), (Target::Backing(self.volume), &self.backing)] {
-            let options = TargetOptions { direct: disk.is_direct(), is_block_device: disk.is_block_device() };
-            reactor.register(target, Arc::clone(disk.file()), options)?;
-        }
-        self.engine.door(self.volume, waker)
+        self.engine.door(self.volume, waker, reactor)
     }
 }
 
 /// A problem that `check` found, on one line.
-pub fn describe(problem: &crate::stub::Problem) -> String {
-    format!("{}: at byte {}: {}", problem.severity, problem.position, problem.message)
+pub fn describe(problem: &Problem) -> String {
+    let at = problem.offset.map(|o| format!(" at byte {o}")).unwrap_or_default();
+    format!("{}{at}: {}; {}", problem.device, problem.what, problem.advice)
 }

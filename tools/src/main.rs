@@ -48,7 +48,7 @@ fn main() -> ExitCode {
             Command::Flush(args) => commands::flush::run(&registry, args),
             Command::Serve(args) => server::serve(&registry, args),
             Command::Supervise(args) => server::supervise::run(&registry, args),
-            Command::Completions { shell } => commands::completions(*shell),
+            Command::Completion { shell } => commands::completion(*shell),
         }
     };
     run().unwrap_or_else(|e| exit::report(&e))

@@ -71,8 +71,6 @@ pub enum Request {
         volume: String,
         /// New size.
         size_bytes: u64,
-        /// It may be smaller.
-        shrink: bool,
     },
     /// Bring everything that was accepted to the backings.
     Flush,

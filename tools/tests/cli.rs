@@ -430,7 +430,7 @@ fn resize_and_flush_without_a_server() {
     bench.ok(&["resize", "db", "128M"]);
     assert_eq!(bench.json(&["status", "db", "--json"])["volumes"][0]["size_bytes"], 128 * MIB);
     assert!(bench.len("backing") >= 128 * MIB);
-    bench.refused(&["resize", "db", "64M"], INVALID, "--shrink");
+    bench.refused(&["resize", "db", "64M"], INVALID, "cannot shrink");
     bench.refused(&["resize", "db", "1000"], INVALID, "multiple");
 }
 
@@ -454,5 +454,5 @@ fn help_documents_exit_codes_and_examples() {
         assert!(help.contains(command));
         assert!(bench.ok(&[command, "--help"]).contains("xample"), "{command}");
     }
-    assert!(bench.ok(&["completions", "bash"]).contains("complete"));
+    assert!(bench.ok(&["completion", "bash"]).contains("complete"));
 }

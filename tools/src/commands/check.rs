@@ -1,5 +1,6 @@
 //! `check`: offline verification. Exit codes of its own: 0 clean, 1 damage found, 2 could not check.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -57,7 +58,7 @@ fn check(registry: &Registry, args: &Check) -> Result<u8> {
             }
         }
     }
-    let disks: Vec<(VolumeId, &dyn Disk)> =
+    let disks: BTreeMap<VolumeId, &dyn Disk> =
         backings.iter().map(|(id, disk)| (*id, disk as &dyn Disk)).collect();
     let found = engine::check(&stage, &disks)?;
     let code = match (found.problems.is_empty(), unchecked.is_empty()) {
@@ -88,7 +89,11 @@ fn check(registry: &Registry, args: &Check) -> Result<u8> {
     report::line(match code {
         exit::OK => format!("{}: clean", path.display()),
         exit::CHECK_DAMAGE => {
-            format!("{}: {} problems found; nothing was changed", path.display(), found.problems.len())
+            format!(
+                "{}: {} problems found; nothing was changed",
+                path.display(),
+                found.problems.len() as u64 + found.problems_not_listed
+            )
         }
         _ => format!("{}: no damage found, but not everything could be checked", path.display()),
     })?;

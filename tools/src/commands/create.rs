@@ -218,7 +218,7 @@ fn check_backing(args: &Create, path: &Path) -> Result<(Backing, u64)> {
 fn check_stage(registry: &Registry, args: &Create, path: &Path) -> Result<Stage> {
     if !paths::exists(path)? {
         let bytes = args.stage_size.map_or(STAGE_BYTES_DEFAULT, |s| s.0);
-        let options = StageOptions::default();
+        let options = engine::STAGE_OPTIONS;
         Geometry::for_device(bytes, options.block_bytes, options.region_bytes, options.patch_bytes)?;
         return Ok(Stage::Missing { bytes });
     }

@@ -21,8 +21,8 @@ use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry};
 use crate::server::Server;
 
-/// `completions`.
-pub fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
+/// `completion`.
+pub fn completion(shell: clap_complete::Shell) -> Result<ExitCode> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut crate::cli::Cli::command(), "tidegate", &mut text);
     crate::report::print(&String::from_utf8_lossy(&text))?;

@@ -135,9 +135,7 @@ fn carry_out(server: &Server, request: Request) -> Result<Reply> {
             server.add_volume(new).map(Reply::Volume)
         }
         Request::RemoveVolume { volume } => server.remove_volume(&volume).map(|()| Reply::Done),
-        Request::Resize { volume, size_bytes, shrink } => {
-            server.resize(&volume, size_bytes, shrink).map(|()| Reply::Done)
-        }
+        Request::Resize { volume, size_bytes } => server.resize(&volume, size_bytes).map(|()| Reply::Done),
         Request::Flush => server.flush().map(|()| Reply::Done),
         Request::Shutdown => {
             server.terminate();

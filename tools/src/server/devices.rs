@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::VolumeInfo;
+use tidegate_driver::io::Disk;
 use tidegate_driver::io::file::mount_points;
 use tidegate_ublk::{Device, Start, Status, StopMode, sys};
 
@@ -38,10 +39,14 @@ pub fn can_resize(device: &Device) -> bool {
 fn existing(volume: &VolumeInfo) -> Option<(u32, Status)> {
     let identity = engine::identity_of(volume.uuid);
     let ids = tidegate_ublk::list().unwrap_or_default();
-    ids.into_iter()
+    let mut found: Vec<_> = ids
+        .into_iter()
         .filter_map(|id| tidegate_ublk::state(id).ok())
-        .find(|d| d.identity == identity)
-        .map(|d| (d.device_id, d.status))
+        .filter(|d| d.identity == identity)
+        .collect();
+    // One that was ended while somebody had it open keeps its number for a while: it is not the one that counts.
+    found.sort_by_key(|d| d.status == Status::Dead);
+    found.first().map(|d| (d.device_id, d.status))
 }
 
 impl Server {
@@ -73,6 +78,9 @@ impl Server {
     /// Starts the device of a volume, which is one that waits if there is one.
     fn start(&self, volume: &VolumeInfo) -> Result<PathBuf> {
         let backing = self.backing(volume)?;
+        if let Err(e) = self.engine.set_backing_path(volume.id, &backing.name()) {
+            tracing::warn!("cannot note the path of the backing of volume '{}': {}", volume.name, e.report());
+        }
         let start = match existing(volume) {
             // Added, never started: its server died in between.
             Some((device_id, Status::Dead)) => {
@@ -82,13 +90,8 @@ impl Server {
             Some((device_id, _)) => Start::Recover { device_id },
             None => Start::New,
         };
-        let config = engine::device_config(volume, &backing, &self.geometry);
-        let doors = Doors {
-            engine: Arc::clone(&self.engine),
-            volume: volume.id,
-            stage: Arc::clone(&self.stage),
-            backing,
-        };
+        let config = engine::device_config(&self.engine, volume, &backing);
+        let doors = Doors { engine: Arc::clone(&self.engine), volume: volume.id };
         let device = Device::start(&config, start, Arc::new(doors))?;
         let path = device.path();
         let attached = Attached {
@@ -176,9 +179,10 @@ impl Server {
 
     fn leave_waiting(&self, devices: &[Arc<Mutex<Device>>]) {
         // While they are served, so that clients pause for as short as possible.
-        self.engine
-            .drain()
-            .unwrap_or_else(|e| tracing::error!("not everything is on the backings: {}", e.report()));
+        if let Err(e) = self.engine.drain() {
+            tracing::error!("not everything is on the backings: {}", e.report());
+            self.engine.make_durable().unwrap_or_else(|e| tracing::error!("{}", e.report()));
+        }
         let quiet = devices.iter().filter(|d| d.lock().quiesce(HAND_OVER).is_ok()).count();
         if quiet == devices.len() {
             self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));

@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
-use tidegate_driver::format::geometry::Geometry;
-use tidegate_driver::format::label::backing_bytes_for;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::VolumeInfo;
 use tidegate_driver::io::file::overlap;
@@ -24,16 +22,14 @@ use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id
 /// Locks, in this order: `operations` (held through attach, detach and the like, which so happen one at a time), then
 /// `attached` or `backings` (held for moments; `status` needs only these).
 pub struct Server {
+    registry: Registry,
     pub(super) dir: StageDir,
     pub(super) engine: Arc<Engine>,
     pub(super) stage: Arc<FileDisk>,
-    pub(super) geometry: Geometry,
     supervisor: Option<u32>,
     pub(super) operations: Mutex<()>,
     pub(super) attached: Mutex<BTreeMap<String, Attached>>,
     backings: Mutex<BTreeMap<VolumeId, Arc<FileDisk>>>,
-    /// Backings that could not be opened, and why.
-    missing: Mutex<BTreeMap<VolumeId, Error>>,
     /// Nothing more is accepted.
     ending: AtomicBool,
     closed: AtomicBool,
@@ -67,15 +63,14 @@ impl Server {
         let engine = engine::open(Arc::clone(&stage), list, accept_loss)
             .map_err(|e| explain(e, &superblock, &missing))?;
         let server = Server {
+            registry: registry.clone(),
             dir: registry.stage_dir(uuid),
             engine,
             stage,
-            geometry: superblock.geometry,
             supervisor: None,
             operations: Mutex::new(()),
             attached: Mutex::default(),
             backings: backings.into(),
-            missing: missing.into(),
             ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         };
@@ -110,20 +105,17 @@ impl Server {
         })
     }
 
-    /// The open backing of a volume.
+    /// The open backing of a volume. One that could not be opened with the stage is tried again.
     pub(super) fn backing(&self, volume: &VolumeInfo) -> Result<Arc<FileDisk>> {
         if let Some(disk) = self.backings.lock().get(&volume.id) {
             return Ok(Arc::clone(disk));
         }
-        let why = self.missing.lock().get(&volume.id).map(|e| (e.kind(), e.report()));
-        let (kind, why) = why.unwrap_or((ErrorKind::NotFound, "it was not opened".into()));
-        Err(Error::new(
-            kind,
-            format!(
-                "the backing of volume '{}' cannot be used: {why}; when it can, detach all volumes of the stage and attach again",
-                volume.name
-            ),
-        ))
+        let entry = self.registry.entries()?.into_iter().find(|e| e.volume_uuid == volume.uuid);
+        let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing);
+        let disk = Arc::new(open_backing(&path, &self.stage).map_err(|e| e.within("backing"))?);
+        self.engine.add_backing(volume.id, Arc::clone(&disk))?;
+        self.backings.lock().insert(volume.id, Arc::clone(&disk));
+        Ok(disk)
     }
 
     /// Begins an operation: one at a time, none once the server is ending.
@@ -150,14 +142,8 @@ impl Server {
     /// Adds a volume with the backing at `path`.
     pub fn add_volume(&self, new: NewVolume) -> Result<Uuid> {
         let _one = self.begin()?;
-        let disk = FileDisk::open_exclusive(Path::new(&new.backing)).map_err(|e| e.within("backing"))?;
-        if overlap(disk.identity(), self.stage.identity()) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("{} is the stage: use another backing", new.backing),
-            ));
-        }
-        let disk = Arc::new(disk);
+        let disk =
+            Arc::new(open_backing(Path::new(&new.backing), &self.stage).map_err(|e| e.within("backing"))?);
         let info = self.engine.add_volume(Arc::clone(&disk), new)?;
         self.backings.lock().insert(info.id, disk);
         Ok(info.uuid)
@@ -168,27 +154,18 @@ impl Server {
         let _one = self.begin()?;
         self.free(name)?;
         let volume = self.volume(name)?;
-        self.engine.drain()?;
+        self.backing(&volume)?;
         self.engine.remove_volume(volume.id)?;
         self.backings.lock().remove(&volume.id);
         Ok(())
     }
 
-    /// Changes the size of a volume, attached or not.
-    pub fn resize(&self, name: &str, bytes: u64, shrink: bool) -> Result<()> {
+    /// Makes a volume larger, attached or not.
+    pub fn resize(&self, name: &str, bytes: u64) -> Result<()> {
         let _one = self.begin()?;
-        let mut volume = self.volume(name)?;
-        let old = std::mem::replace(&mut volume.size_bytes, bytes);
-        volume.validate()?;
-        if bytes < old {
-            if !shrink {
-                let what = format!(
-                    "volume '{name}' has {old} bytes, {bytes} is less: --shrink does it, what is beyond is lost"
-                );
-                return Err(Error::new(ErrorKind::Invalid, what));
-            }
-            self.free(name)?;
-        }
+        let volume = self.volume(name)?;
+        // The engine changes only what it has the backing of.
+        self.backing(&volume)?;
         let device = self.attached.lock().get(name).map(|a| Arc::clone(&a.device));
         if device.as_ref().is_some_and(|d| !super::devices::can_resize(&d.lock())) {
             return Err(Error::new(
@@ -196,8 +173,6 @@ impl Server {
                 "this kernel cannot resize a live device (Linux 6.16 can): detach, resize, attach",
             ));
         }
-        let backing = self.backing(&volume)?;
-        make_room(&backing, backing_bytes_for(bytes))?;
         self.engine.resize_volume(volume.id, bytes)?;
         device.map_or(Ok(()), |d| d.lock().resize(bytes))
     }
@@ -263,15 +238,11 @@ fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -
     for volume in &superblock.volumes {
         let entry = entries.iter().find(|e| e.volume_uuid == volume.uuid);
         let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing.clone());
-        match FileDisk::open_exclusive(&path) {
-            Ok(disk) if overlap(disk.identity(), stage.identity()) => {
-                let what =
-                    format!("{} is the backing of volume '{}' and the stage", path.display(), volume.name);
-                return Err(Error::new(ErrorKind::WrongDevice, what));
-            }
+        match open_backing(&path, stage) {
             Ok(disk) => {
                 backings.insert(volume.id, Arc::new(disk));
             }
+            Err(e) if e.kind() == ErrorKind::WrongDevice => return Err(e),
             Err(e) => {
                 tracing::warn!("backing of volume '{}': {}", volume.name, e.report());
                 missing.insert(volume.id, e);
@@ -297,19 +268,11 @@ fn explain(e: Error, superblock: &Superblock, missing: &BTreeMap<VolumeId, Error
     }
 }
 
-/// Makes a backing file long enough; a device must be.
-fn make_room(backing: &FileDisk, needed: u64) -> Result<()> {
-    let mut have = backing.refresh_len()?;
-    if have < needed && !backing.is_block_device() {
-        let grown = backing.file().set_len(needed);
-        grown.map_err(|e| Error::io(format!("cannot make {} {needed} bytes long", backing.name()), e))?;
-        have = backing.refresh_len()?;
+fn open_backing(path: &Path, stage: &FileDisk) -> Result<FileDisk> {
+    let disk = FileDisk::open_exclusive(path)?;
+    if overlap(disk.identity(), stage.identity()) {
+        let what = format!("{} is the stage: name the right backing with attach --backing", path.display());
+        return Err(Error::new(ErrorKind::WrongDevice, what));
     }
-    if have >= needed {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::NoSpace,
-        format!("backing {} has {have} bytes, {needed} are needed: make it larger first", backing.name()),
-    ))
+    Ok(disk)
 }
