@@ -34,8 +34,7 @@ fn measure(dir: &Path) -> Result<()> {
     report("memcpy+crc64 bound, 4 KiB records", "records/s", (0..RUNS).map(|_| bound(4096)).collect());
     for (bytes, count) in [(4096usize, 150_000u64), (64, 1_000_000)] {
         let place = Place::new(dir, 1 << 30, AckLevel::Memory)?;
-        let rates =
-            (0..RUNS).map(|_| place.ingest(bytes, count)).collect::<Result<Vec<_>>>()?;
+        let rates = (0..RUNS).map(|_| place.ingest(bytes, count)).collect::<Result<Vec<_>>>()?;
         report(&format!("ingest, ack memory, {bytes} B records, one door"), "records/s", rates);
     }
     recovery(dir)
@@ -121,7 +120,8 @@ impl Place {
             while sent < count
                 && let Some((tag, data)) = free.pop()
             {
-                offset = offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                offset =
+                    offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let at = (offset >> 20) % slots * bytes as u64;
                 let request =
                     Request { tag, kind: RequestKind::Write, offset: at, len: bytes as u64, fua: false };
@@ -161,8 +161,7 @@ fn recovery(dir: &Path) -> Result<()> {
     let mut staged = 0u64;
     while staged < 1000 << 20 {
         for tag in 0..32 {
-            let request =
-                Request { tag, kind: RequestKind::Write, offset: staged, len: 4096, fua: false };
+            let request = Request { tag, kind: RequestKind::Write, offset: staged, len: 4096, fua: false };
             client.submit(request, data.clone());
             staged += 4096;
         }

@@ -159,6 +159,8 @@ pub struct Core {
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
     /// Somebody wants everything up to here durable.
     commit_to: Lsn,
+    /// Slots of the arena whose memory exists.
+    pub(super) allocated: Vec<bool>,
     /// Set when damage was found: nothing more is accepted.
     pub(super) damaged: bool,
     pub(super) kicked: bool,
@@ -179,6 +181,8 @@ pub struct CoreStart {
     pub checkpoint: Lsn,
     /// One index per volume.
     pub indexes: BTreeMap<VolumeId, Index>,
+    /// Whether the memory of all slots exists; otherwise only the open region's does.
+    pub allocated: bool,
 }
 
 impl Core {
@@ -188,7 +192,10 @@ impl Core {
         let next = start.ring.next_lsn();
         assert!(start.checkpoint <= start.durable && start.durable < next, "C2");
         let region_count = start.ring.geometry().region_count;
+        let mut allocated = vec![start.allocated; region_count as usize];
+        allocated[start.ring.open_seq().slot(region_count) as usize] = true;
         Core {
+            allocated,
             window: Window::new(next),
             committer: Committer::new(start.durable),
             extent_count: start.indexes.values().map(Index::extent_count).sum(),
@@ -236,6 +243,11 @@ impl Core {
         // Each record adds at most two extents: itself and a split of another.
         let extents = self.extent_count + 2 * (self.window.len() + 1);
         if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX {
+            return None;
+        }
+        if let Some(next) = self.ring.would_open(payload_bytes)
+            && !self.is_allocated(next)
+        {
             return None;
         }
         let regions = self.ring.regions().len();

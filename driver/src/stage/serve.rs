@@ -94,6 +94,25 @@ impl Core {
         true
     }
 
+    pub(super) fn is_allocated(&self, seq: RegionSeq) -> bool {
+        self.allocated[seq.slot(self.ring.geometry().region_count) as usize]
+    }
+
+    /// The next region whose slot has no memory yet, in the order in which claims will get there.
+    #[must_use]
+    pub fn next_unallocated(&self) -> Option<RegionSeq> {
+        let open = self.ring.open_seq();
+        let count = u64::from(self.ring.geometry().region_count);
+        (1..count).map(|i| RegionSeq(open.0 + i)).find(|seq| !self.is_allocated(*seq))
+    }
+
+    /// The memory of a region's slot exists now.
+    pub fn slot_allocated(&mut self, seq: RegionSeq) {
+        let slot = seq.slot(self.ring.geometry().region_count) as usize;
+        self.allocated[slot] = true;
+        self.serve_space_waits();
+    }
+
     /// The region that should be brought into memory next: one that a read waits for, else the oldest.
     #[must_use]
     pub fn next_cold_region(&self) -> Option<RegionState> {

@@ -147,6 +147,7 @@ fn core() -> Core {
         durable: Lsn::ZERO,
         checkpoint: Lsn::ZERO,
         indexes: BTreeMap::from([(VolumeId(1), Default::default())]),
+        allocated: true,
     })
 }
 

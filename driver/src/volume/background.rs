@@ -67,6 +67,8 @@ pub struct BackgroundStatus {
     pub backing_problem: Option<(VolumeId, String)>,
     /// Why the stage device fails, while it does.
     pub stage_problem: Option<String>,
+    /// Why the arena cannot get all its memory, while it cannot.
+    pub memory_problem: Option<String>,
     /// Damage that was found.
     pub damage: Option<String>,
     /// The checkpoint.
@@ -88,6 +90,7 @@ pub struct Background {
     log_group: Option<ClosedGroup>,
     flush_retry: BackOff,
     log_retry: BackOff,
+    allocate_retry: BackOff,
     idle_since_ns: u64,
     seen_claimed: Lsn,
     /// Flush everything up to here at once.
@@ -120,6 +123,7 @@ impl Background {
             log_group: None,
             flush_retry: BackOff::default(),
             log_retry: BackOff::default(),
+            allocate_retry: BackOff::default(),
             idle_since_ns: 0,
             seen_claimed: Lsn::ZERO,
             drain_to: Lsn::ZERO,
@@ -177,6 +181,7 @@ impl Background {
         self.shared.core.lock().background_came();
         self.retry_log(now_ns);
         self.run(submit);
+        self.allocate(now_ns);
         self.load(submit);
         self.seal(submit);
         self.flush(now_ns, submit);
@@ -200,6 +205,9 @@ impl Background {
         }
         if core.reclaim_is_pending() {
             at_latest(now_ns + RECLAIM_RETRY_NS);
+        }
+        if core.next_unallocated().is_some() {
+            at_latest(self.allocate_retry.until_ns.max(now_ns));
         }
         if core.claimed() > core.checkpoint() && self.epoch.is_none() && !core.is_damaged() {
             at_latest(self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS).max(now_ns + 1));
@@ -231,6 +239,27 @@ impl Background {
         }
     }
 
+    // ---- memory
+
+    /// Brings one more slot of the arena into being. A step takes one, so that requests are not held up for long.
+    fn allocate(&mut self, now_ns: u64) {
+        if now_ns < self.allocate_retry.until_ns {
+            return;
+        }
+        let Some(seq) = self.shared.core.lock().next_unallocated() else { return };
+        match self.shared.arena.allocate(seq) {
+            Ok(()) => {
+                self.allocate_retry = BackOff::default();
+                self.status.memory_problem = None;
+                self.shared.core.lock().slot_allocated(seq);
+            }
+            Err(error) => {
+                self.allocate_retry.failed(now_ns, FLUSH_RETRY_NS);
+                self.status.memory_problem = Some(error.report());
+            }
+        }
+    }
+
     // ---- cold regions
 
     fn load(&mut self, submit: &mut dyn FnMut(Op)) {
@@ -242,6 +271,10 @@ impl Background {
             if self.arena_reused && self.is_whole(&region) {
                 self.loaded(&region);
                 continue;
+            }
+            if let Err(error) = self.shared.arena.allocate(region.start.seq) {
+                self.status.memory_problem = Some(error.report());
+                return;
             }
             let len = self.shared.geometry.region_bytes;
             submit(Op {

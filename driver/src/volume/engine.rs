@@ -499,7 +499,8 @@ impl Engine {
                 Health::Degraded,
                 Some(format!("the backing of volume '{name}' fails: {problem}; flushing is retried")),
             )
-        } else if let Some(problem) = &background.stage_problem {
+        } else if let Some(problem) = background.stage_problem.as_ref().or(background.memory_problem.as_ref())
+        {
             (Health::Degraded, Some(problem.clone()))
         } else {
             (Health::Ok, None)
