@@ -57,6 +57,11 @@ pub fn exists(path: &Path) -> Result<bool> {
     }
 }
 
+/// The program that runs: what is at its path now, so that a restarted server is the upgraded one, or else itself.
+pub fn own_executable() -> PathBuf {
+    std::env::current_exe().ok().filter(|path| path.exists()).unwrap_or_else(|| "/proc/self/exe".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

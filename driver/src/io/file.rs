@@ -220,6 +220,13 @@ impl FileDisk {
         &self.path
     }
 
+    /// The same, called `path` in messages; for disks that were opened by a path that means nothing to people.
+    #[must_use]
+    pub fn called(mut self, path: &Path) -> FileDisk {
+        path.clone_into(&mut self.path);
+        self
+    }
+
     /// The open file, for registration with a ring. Its lock lives as long as any copy of the description.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {

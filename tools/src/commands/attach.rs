@@ -178,7 +178,7 @@ fn spawn_supervisor(registry: &Registry, entry: &Entry, accept_loss: bool) -> Re
     dir.make()?;
     let log = server::open_log(&dir)?;
     let err = log.try_clone().map_err(|e| Error::io("cannot share the server's log", e))?;
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(crate::paths::own_executable());
     command
         .arg0("tidegate")
         .arg("--state-dir")

@@ -240,8 +240,10 @@ fn busy(e: Error, path: &std::path::Path) -> Error {
         return e;
     }
     let mounts = std::fs::metadata(path).map(|m| mount_points(m.rdev())).unwrap_or_default();
-    if mounts.is_empty() || mounts.iter().all(|m| e.report().contains(m)) {
-        return e;
+    if mounts.is_empty() {
+        let who = e.report();
+        let who = who.split(": close or unmount").next().unwrap_or_default();
+        return Error::new(ErrorKind::Busy, format!("{who}: close it first"));
     }
     Error::new(
         ErrorKind::Busy,

@@ -12,6 +12,7 @@
 
 mod control;
 mod devices;
+mod namespace;
 mod state;
 pub mod supervise;
 
@@ -22,7 +23,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
-use tidegate_ublk::process::{Hardening, harden};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::Serve;
@@ -60,20 +60,13 @@ pub fn start_logging() {
         .try_init();
 }
 
-/// Makes the process one that may serve a device.
-fn prepare() {
-    for warning in harden(Hardening::default()) {
-        tracing::warn!("{warning}");
-    }
-}
-
 /// `serve`: started by the supervisor.
 pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
     let signals = Signals::block()?;
     start_logging();
     let dir = registry.stage_dir(args.stage.stage);
     let started = (|| {
-        prepare();
+        namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
         let mut server = Server::open(registry, args.stage.stage, args.stage.accept_loss)?;
         server.set_supervisor(args.supervisor);
         let server = Arc::new(server);
@@ -110,7 +103,7 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
     };
     let signals = Signals::block()?;
     start_logging();
-    prepare();
+    namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
     let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
     server.recover_devices();
     let listener = crate::client::listen(&dir)?;

@@ -14,6 +14,7 @@ use tidegate_driver::io::{Disk, FileDisk};
 use uuid::Uuid;
 
 use super::devices::Attached;
+use super::namespace::open_exclusive;
 use crate::engine::{self, Engine, NewVolume};
 use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id};
 
@@ -45,7 +46,7 @@ impl Server {
         let Some(entry) = entries.first() else {
             return Err(Error::new(ErrorKind::NotFound, format!("no volume is on stage {uuid}")));
         };
-        let stage = Arc::new(FileDisk::open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
+        let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
         let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
         if superblock.stage_uuid != uuid {
             return Err(Error::new(
@@ -269,7 +270,7 @@ fn explain(e: Error, superblock: &Superblock, missing: &BTreeMap<VolumeId, Error
 }
 
 fn open_backing(path: &Path, stage: &FileDisk) -> Result<FileDisk> {
-    let disk = FileDisk::open_exclusive(path)?;
+    let disk = open_exclusive(path)?;
     if overlap(disk.identity(), stage.identity()) {
         let what = format!("{} is the stage: name the right backing with attach --backing", path.display());
         return Err(Error::new(ErrorKind::WrongDevice, what));

@@ -75,7 +75,7 @@ fn run_server(
     accept_loss: bool,
     signals: &Signals,
 ) -> Result<(ExitStatus, bool)> {
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(crate::paths::own_executable());
     command.arg0("tidegate").arg("--state-dir").arg(registry.dir()).arg("serve").arg(args.stage.to_string());
     command.arg("--supervisor").arg(std::process::id().to_string());
     if accept_loss {
