@@ -101,7 +101,7 @@ fn run_server(
         }
         if let Some(Signal::SIGTERM | Signal::SIGINT) = signals.next() {
             told_to_end = true;
-            // It cannot be another process's by now: the waiting thread has not reported its end.
+            // The waiting thread has not reported its end, so the number is still its own (but for an instant).
             let _ = kill(pid, Signal::SIGTERM);
         }
     }
