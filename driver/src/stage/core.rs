@@ -326,6 +326,7 @@ impl Core {
 
     /// Takes the result of the log write in flight.
     pub fn log_written(&mut self, group: &ClosedGroup, result: Result<(), Errno>) {
+        let before = self.durable();
         if self.committer.written(result.is_ok()) {
             self.counters.groups += 1;
             self.counters.log_bytes += u64::from(group.end - group.write_from);
@@ -338,7 +339,8 @@ impl Core {
                 self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
             }
             self.serve_space_waits();
-            if self.sealed_region_needs_table() || self.above_high_mark() {
+            let requested = before < self.commit_to && self.commit_to <= durable;
+            if requested || self.sealed_region_needs_table() || self.above_high_mark() {
                 self.kick();
             }
             self.pump_commit();

@@ -202,7 +202,10 @@ impl Background {
             at_latest(now_ns + RECLAIM_RETRY_NS);
         }
         if core.claimed() > core.checkpoint() && self.epoch.is_none() && !core.is_damaged() {
-            at_latest(self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS).max(now_ns + 1));
+            // An epoch that is due and could not begin waits for the log or for a region, both of which call. The pause is
+            // for what does not: a change that its door has not finished yet.
+            let due = self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS);
+            at_latest(if due > now_ns { due } else { now_ns + IDLE_NS });
         }
         deadline
     }
