@@ -139,16 +139,22 @@ impl Model {
     pub fn check(&self, volume: usize, offset: u64, data: &[u8], from: u64, to: u64) -> Result<(), String> {
         let end = offset + data.len() as u64;
         let known = &self.volumes[volume];
-        let overlapping: Vec<(u64, &Change)> = self
+        let mut overlapping: Vec<(u64, &Change)> = self
             .changes
             .range(..=to)
             .filter(|(_, c)| c.volume == volume && c.range.start < end && c.range.end > offset)
             .map(|(&lsn, change)| (lsn, change))
             .collect();
+        // What a newer change that counts for sure covers completely needs no look.
+        let covers = |c: &Change| c.range.start <= offset && c.range.end >= end && !matches!(c.effect, Effect::Nothing);
+        if let Some(first) = overlapping.iter().rposition(|&(lsn, c)| lsn <= from && covers(c)) {
+            overlapping.drain(..first);
+        }
+        let mut legal = Vec::new();
         for (at, &got) in (offset..end).zip(data) {
             let mut value = known.content[at as usize];
-            let mut legal = Vec::new();
             let mut newest = self.base;
+            legal.clear();
             for &(lsn, change) in overlapping.iter().filter(|(_, c)| c.range.contains(&at)) {
                 if lsn > from {
                     legal.push((newest, value));
