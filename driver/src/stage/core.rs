@@ -17,7 +17,8 @@
 //!   records at or below the durable LSN;
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
 //! - C3 the index holds a byte's newest record above the checkpoint; below it the backing holds it;
-//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them.
+//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
+//! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -154,6 +155,9 @@ pub struct Core {
     pub(super) indexes: BTreeMap<VolumeId, Index>,
     pub(super) extent_count: usize,
     pub(super) checkpoint: Lsn,
+    /// The region where the durable checkpoint lets the log begin: what it names stays, or the next recovery would look for
+    /// it in vain.
+    pub(super) head: RegionSeq,
     durable_waits: VecDeque<DurableWait>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
@@ -188,12 +192,14 @@ impl Core {
         let next = start.ring.next_lsn();
         assert!(start.checkpoint <= start.durable && start.durable < next, "C2");
         let region_count = start.ring.geometry().region_count;
+        let head = start.ring.regions().next().expect("an open region").start.seq;
         Core {
             window: Window::new(next),
             committer: Committer::new(start.durable),
             extent_count: start.indexes.values().map(Index::extent_count).sum(),
             indexes: start.indexes,
             checkpoint: start.checkpoint,
+            head,
             durable_waits: VecDeque::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),

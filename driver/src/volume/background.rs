@@ -453,7 +453,10 @@ impl Background {
         self.status.stage_problem = None;
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
-        self.shared.core.lock().checkpointed(&self.shared.arena, run.epoch.to, run.written_ranges());
+        let head = self.checkpoint.head.seq;
+        let mut core = self.shared.core.lock();
+        core.checkpointed(&self.shared.arena, run.epoch.to, head, run.written_ranges());
+        drop(core);
         self.run(submit);
         self.flush(now_ns, submit);
     }
