@@ -178,6 +178,9 @@ impl ArenaSource for Arenas {
 /// Most events of a story: beyond it, it is stuck.
 const TICKS_MAX: u64 = 2_000_000;
 
+/// Events of a life after which nothing fails any more: a long epoch whose every attempt meets a fault would never end.
+const FAULTY_TICKS_MAX: u64 = 20_000;
+
 struct World {
     options: Options,
     /// Chance of the story itself; disks and scheduling have their own.
@@ -383,7 +386,9 @@ impl World {
                 }
                 left -= 1;
             }
-            if self.faulty > 0 && ticks % 256 == 0 {
+            if ticks > FAULTY_TICKS_MAX {
+                lock(&self.ctl).faults = Faults::default();
+            } else if self.faulty > 0 && ticks % 256 == 0 {
                 self.draw_faults();
             }
             ticks += 1;
