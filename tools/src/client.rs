@@ -25,7 +25,8 @@ pub struct Client {
 
 /// Runs `f` with a short path to the socket, for socket paths are limited to 107 bytes and state directories are not.
 fn with_socket_path<T>(dir: &StageDir, f: impl FnOnce(PathBuf) -> std::io::Result<T>) -> std::io::Result<T> {
-    let open = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir.path())?;
+    let open =
+        OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir.path())?;
     f(PathBuf::from(format!("/proc/self/fd/{}/{}", open.as_raw_fd(), StageDir::SOCKET)))
 }
 
@@ -37,7 +38,8 @@ pub fn listen(dir: &StageDir) -> Result<UnixListener> {
     {
         return Err(Error::io(format!("cannot remove the old socket {}", path.display()), e));
     }
-    with_socket_path(dir, UnixListener::bind).map_err(|e| Error::io(format!("cannot listen on {}", path.display()), e))
+    with_socket_path(dir, UnixListener::bind)
+        .map_err(|e| Error::io(format!("cannot listen on {}", path.display()), e))
 }
 
 impl Client {
@@ -52,6 +54,15 @@ impl Client {
         self.ask_within(request, None)
     }
 
+    /// Asks; `None` if the server ended before it answered.
+    pub fn ask_unless_gone(&self, request: Request) -> Option<Result<Reply>> {
+        match self.exchange(request, None) {
+            Ok(Answer::Ok(reply)) => Some(Ok(reply)),
+            Ok(Answer::Error { kind, message }) => Some(Err(Error::new(exit::kind_named(&kind), message))),
+            Err(_) => None,
+        }
+    }
+
     /// State of the server.
     pub fn status(&self) -> Result<ServerStatus> {
         match self.ask_within(Request::Status, Some(STATUS_PATIENCE))? {
@@ -64,7 +75,10 @@ impl Client {
     pub fn odd(&self, reply: &Reply) -> Error {
         Error::new(
             ErrorKind::Unsupported,
-            format!("the server of {} gave an answer that does not fit: {reply:?}", self.dir.path().display()),
+            format!(
+                "the server of {} gave an answer that does not fit: {reply:?}",
+                self.dir.path().display()
+            ),
         )
     }
 

@@ -35,11 +35,21 @@ const TABLE: &[Row] = &[
     row(ErrorKind::Busy, "busy", 5, "in use: mounted, open, attached, locked by another server"),
     row(ErrorKind::Permission, "permission", 6, "not permitted: run as root"),
     row(ErrorKind::Foreign, "foreign", 7, "holds other data; --force overrides"),
-    row(ErrorKind::WrongDevice, "wrong-device", 8, "not the device that belongs here: swapped, rolled back, shrunk"),
+    row(
+        ErrorKind::WrongDevice,
+        "wrong-device",
+        8,
+        "not the device that belongs here: swapped, rolled back, shrunk",
+    ),
     row(ErrorKind::NewerFormat, "newer-format", 9, "written by a newer version"),
     row(ErrorKind::Damaged, "damaged", 10, "damage that no crash explains"),
     row(ErrorKind::NoSpace, "no-space", 11, "no room"),
-    row(ErrorKind::Unsupported, "unsupported", 12, "the kernel or the machine lacks something (ublk module, io_uring)"),
+    row(
+        ErrorKind::Unsupported,
+        "unsupported",
+        12,
+        "the kernel or the machine lacks something (ublk module, io_uring)",
+    ),
     row(ErrorKind::Lost, "lost", 13, "writes acknowledged from memory are gone (arena lost)"),
 ];
 
@@ -75,7 +85,9 @@ pub fn help() -> String {
     for row in TABLE {
         let _ = writeln!(text, "  {:>3}  {} ({})", row.code, row.meaning, row.name);
     }
-    text.push_str("  130  interrupted\n  `check` uses 0 for clean, 1 for damage found, 2 for could not check.");
+    text.push_str(
+        "  130  interrupted\n  `check` uses 0 for clean, 1 for damage found, 2 for could not check.",
+    );
     text
 }
 
@@ -89,7 +101,9 @@ mod tests {
             assert_eq!(kind_named(row.name), row.kind);
             assert_eq!(code_of(&Error::new(row.kind, "x")), row.code);
             assert!(row.code != 0 && row.code < 126, "shells use the rest");
-            assert!(TABLE[..i].iter().all(|r| r.code != row.code && r.name != row.name && r.kind != row.kind));
+            assert!(
+                TABLE[..i].iter().all(|r| r.code != row.code && r.name != row.name && r.kind != row.kind)
+            );
         }
         assert_eq!(kind_named("from the future"), ErrorKind::Io);
     }

@@ -18,8 +18,9 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
         }
     };
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let dir = fs::canonicalize(dir)
-        .map_err(|e| Error::io(format!("the directory {} of {} cannot be used", dir.display(), path.display()), e))?;
+    let dir = fs::canonicalize(dir).map_err(|e| {
+        Error::io(format!("the directory {} of {} cannot be used", dir.display(), path.display()), e)
+    })?;
     let whole = dir.join(name);
     if whole.to_str().is_none_or(|text| text.contains('\n')) {
         return Err(Error::new(
@@ -44,13 +45,21 @@ pub fn exists(path: &Path) -> Result<bool> {
             if path.starts_with("/dev") && !path.starts_with("/dev/shm") {
                 return Err(Error::new(
                     ErrorKind::NotFound,
-                    format!("there is no device {}: check the name (files are not made in /dev)", path.display()),
+                    format!(
+                        "there is no device {}: check the name (files are not made in /dev)",
+                        path.display()
+                    ),
                 ));
             }
             Ok(false)
         }
         Err(e) => Err(Error::io(format!("cannot look at {}", path.display()), e)),
     }
+}
+
+/// The program that runs: what is at its path now, so that a restarted server is the upgraded one, or else itself.
+pub fn own_executable() -> PathBuf {
+    std::env::current_exe().ok().filter(|path| path.exists()).unwrap_or_else(|| "/proc/self/exe".into())
 }
 
 #[cfg(test)]

@@ -173,7 +173,9 @@ pub fn parse_request(line: &str) -> Result<Request> {
     struct Version {
         version: u32,
     }
-    let bad = |e: serde_json::Error| Error::new(ErrorKind::Invalid, format!("the request cannot be understood: {e}"));
+    let bad = |e: serde_json::Error| {
+        Error::new(ErrorKind::Invalid, format!("the request cannot be understood: {e}"))
+    };
     let Version { version } = serde_json::from_str(line).map_err(bad)?;
     if version != VERSION {
         return Err(Error::new(

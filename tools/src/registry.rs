@@ -116,7 +116,11 @@ impl Registry {
         match entry {
             Some(e) if e.version > VERSION => Err(Error::new(
                 ErrorKind::NewerFormat,
-                format!("{} has version {}; this tidegate knows {VERSION}: use a newer one", path.display(), e.version),
+                format!(
+                    "{} has version {}; this tidegate knows {VERSION}: use a newer one",
+                    path.display(),
+                    e.version
+                ),
             )),
             Some(e) if e.name != name => Err(Error::new(
                 ErrorKind::Damaged,
@@ -307,7 +311,10 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         Err(e) => return Err(Error::io(format!("cannot read {}", path.display()), e)),
     };
     serde_json::from_slice(&text).map(Some).map_err(|e| {
-        Error::new(ErrorKind::Damaged, format!("{} cannot be understood ({e}): restore or remove it", path.display()))
+        Error::new(
+            ErrorKind::Damaged,
+            format!("{} cannot be understood ({e}): restore or remove it", path.display()),
+        )
     })
 }
 
@@ -369,8 +376,11 @@ mod tests {
         fs::create_dir_all(registry.entry_path("w").join("x")).unwrap();
         assert!(registry.put(&entry("w")).is_err());
         assert_eq!(registry.get("v").unwrap(), entry("v"));
-        let litter: Vec<_> =
-            fs::read_dir(path.parent().unwrap()).unwrap().flatten().filter(|e| e.file_name().as_encoded_bytes()[0] == b'.').collect();
+        let litter: Vec<_> = fs::read_dir(path.parent().unwrap())
+            .unwrap()
+            .flatten()
+            .filter(|e| e.file_name().as_encoded_bytes()[0] == b'.')
+            .collect();
         assert!(litter.is_empty(), "{litter:?}");
     }
 

@@ -12,7 +12,11 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Size, String> {
-        let bad = || format!("'{text}' is not a size: use a number of bytes or one with K, M, G, T, P or E (1024-based)");
+        let bad = || {
+            format!(
+                "'{text}' is not a size: use a number of bytes or one with K, M, G, T, P or E (1024-based)"
+            )
+        };
         let upper = text.trim().to_ascii_uppercase();
         let number_end = upper.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(upper.len());
         let (number, unit) = upper.split_at(number_end);
@@ -94,8 +98,28 @@ mod tests {
     #[test]
     fn nonsense_is_refused() {
         for text in [
-            "", " ", "G", "-1", "1X", "1GG", "1 G B", "iB", "1iB", "1.2.3", ".5G", "1.", "1.G", "0x10", "16E", "1e3", "1.3",
-            "0.1K", "18446744073709551616", "1G1", "NaN", "inf",
+            "",
+            " ",
+            "G",
+            "-1",
+            "1X",
+            "1GG",
+            "1 G B",
+            "iB",
+            "1iB",
+            "1.2.3",
+            ".5G",
+            "1.",
+            "1.G",
+            "0x10",
+            "16E",
+            "1e3",
+            "1.3",
+            "0.1K",
+            "18446744073709551616",
+            "1G1",
+            "NaN",
+            "inf",
         ] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
@@ -103,9 +127,14 @@ mod tests {
 
     #[test]
     fn sizes_are_shown() {
-        for (bytes, text) in
-            [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 30, "1 GiB"), (15 << 60, "15 EiB")]
-        {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (1 << 30, "1 GiB"),
+            (15 << 60, "15 EiB"),
+        ] {
             assert_eq!(human(bytes), text);
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! | `--door` | writes go to | survives the server's death |
 //! |---|---|---|
-//! | `null` | nowhere; reads are zeroes | – |
+//! | `null` | nowhere; reads leave the memory of the client as it is (never use it for data) | – |
 //! | `ram` | a mapped file (on tmpfs: memory) | if `--file` does |
 //! | `file` | a file or block device, through the reactor | yes |
 //!

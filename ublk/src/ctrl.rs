@@ -82,10 +82,37 @@ impl Control {
         })
     }
 
-    /// Removes a device that is stopped or was never started. Waits until nobody has `/dev/ublkcN` open or mapped.
+    /// Removes a device that is stopped or was never started. Waits until nobody has `/dev/ublkcN` open or mapped, nor
+    /// the block device open.
     pub fn delete(device_id: u32) -> Result<()> {
         with_patience("DEL_DEV", move || {
             Control::open()?.command(sys::CMD_DEL_DEV, "DEL_DEV", device_id, 0, &mut []).map(drop)
+        })
+    }
+
+    /// As [`Self::delete`], but where somebody still has the (dead) block device open it only waits for a moment: the
+    /// kernel frees the number when they close it. `Ok(false)` if it had to leave it at that.
+    pub fn delete_in_use(device_id: u32) -> Result<bool> {
+        with_patience("DEL_DEV_ASYNC", move || {
+            let mut control = Control::open()?;
+            control.command(sys::CMD_DEL_DEV_ASYNC, "DEL_DEV_ASYNC", device_id, 0, &mut [])?;
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while Instant::now() < deadline {
+                if control
+                    .command(
+                        sys::CMD_GET_DEV_INFO,
+                        "GET_DEV_INFO",
+                        device_id,
+                        0,
+                        DevInfo::default().as_mut_bytes(),
+                    )
+                    .is_err()
+                {
+                    return Ok(true);
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(false)
         })
     }
 

@@ -251,7 +251,14 @@ impl Device {
             StopMode::RefuseIfOpen => self.stop_unless_open(&mut control)?,
         }
         self.join();
-        Control::delete(self.device_id)
+        // Whoever still has the block device open (force) keeps its number taken, and must not keep us waiting.
+        if !Control::delete_in_use(self.device_id)? {
+            tracing::warn!(
+                device = self.device_id,
+                "stopped while open: the number is free once it is closed"
+            );
+        }
+        Ok(())
     }
 
     fn stop_unless_open(&self, control: &mut Control) -> Result<()> {

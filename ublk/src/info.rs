@@ -93,7 +93,8 @@ pub fn list() -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// Removes a device without a server: stops it if need be (waiting requests fail) and deletes it.
+/// Removes a device without a server: stops it if need be (waiting requests fail) and deletes it. If somebody still has
+/// the block device open, its number stays taken until they close it.
 ///
 /// Kind `Busy` if it is served; its server stops it.
 pub fn delete(device_id: u32) -> Result<()> {
@@ -108,5 +109,5 @@ pub fn delete(device_id: u32) -> Result<()> {
     if found.status != Status::Dead {
         Control::open()?.stop(device_id)?;
     }
-    Control::delete(device_id)
+    Control::delete_in_use(device_id).map(drop)
 }

@@ -41,6 +41,8 @@ pub const CMD_END_USER_RECOVERY: u32 = iowr(0x11);
 pub const CMD_GET_DEV_INFO2: u32 = ior(0x12);
 /// All `F_*` flags the kernel knows.
 pub const CMD_GET_FEATURES: u32 = ior(0x13);
+/// As DEL_DEV, without waiting for references (6.7).
+pub const CMD_DEL_DEV_ASYNC: u32 = ior(0x14);
 /// New size in sectors (6.16).
 pub const CMD_UPDATE_SIZE: u32 = iowr(0x15);
 /// Hand the device over to another server without losing it (6.16).
@@ -335,6 +337,7 @@ mod tests {
         assert_eq!(CMD_END_USER_RECOVERY, 0xC020_7511);
         assert_eq!(CMD_GET_DEV_INFO2, 0x8020_7512);
         assert_eq!(CMD_GET_FEATURES, 0x8020_7513);
+        assert_eq!(CMD_DEL_DEV_ASYNC, 0x8020_7514);
         assert_eq!(CMD_UPDATE_SIZE, 0xC020_7515);
         assert_eq!(CMD_QUIESCE_DEV, 0xC020_7516);
         assert_eq!(CMD_TRY_STOP_DEV, 0xC020_7517);

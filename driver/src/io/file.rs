@@ -202,10 +202,29 @@ impl FileDisk {
         Ok(whole)
     }
 
+    /// Makes a regular file at least `bytes` long; the new part is a hole. Devices stay as they are.
+    pub fn grow_file(&self, bytes: u64) -> Result<()> {
+        if self.is_block_device() || self.refresh_len()? >= bytes {
+            return Ok(());
+        }
+        self.file
+            .set_len(bytes)
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| self.error("enlarge", 0, 0, e))?;
+        self.refresh_len().map(|_| ())
+    }
+
     /// The path it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The same, called `path` in messages; for disks that were opened by a path that means nothing to people.
+    #[must_use]
+    pub fn called(mut self, path: &Path) -> FileDisk {
+        path.clone_into(&mut self.path);
+        self
     }
 
     /// The open file, for registration with a ring. Its lock lives as long as any copy of the description.

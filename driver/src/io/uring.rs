@@ -397,7 +397,7 @@ impl Reactor {
         let queued = self.ring.submission().len() as u32;
         // Deferred task work, and with it every completion, runs only in an enter that asks for events.
         let mut flags = EnterFlags::GETEVENTS;
-        if self.no_iowait && self.slab.len() == 0 {
+        if self.no_iowait && self.slab.is_empty() {
             // Waiting for clients is idleness, not I/O wait.
             flags |= EnterFlags::NO_IOWAIT;
         }
@@ -411,8 +411,8 @@ impl Reactor {
                 // SAFETY: the argument is of the type that EXT_ARG announces and outlives the call.
                 unsafe { submitter.enter(queued, min_complete, flags.bits(), Some(&args)) }?;
             }
-            // SAFETY: no argument is passed.
             None => {
+                // SAFETY: no argument is passed.
                 unsafe { submitter.enter::<libc::sigset_t>(queued, min_complete, flags.bits(), None) }?;
             }
         }
@@ -488,8 +488,10 @@ impl Drop for Reactor {
         if self.wake.is_armed() {
             self.wake.leak();
         }
-        // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring.
-        let _ = self.ring.submitter().unregister_files();
+        // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring. Emptying the
+        // table, unlike unregistering it, never waits for commands that still use a file (up to 6.12 that is for ever
+        // if one of them is a ublk fetch).
+        let _ = self.ring.submitter().register_files_update(0, &[-1; FILES_MAX]);
     }
 }
 

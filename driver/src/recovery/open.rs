@@ -122,7 +122,7 @@ pub fn open(
             let identity =
                 ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
             let arena = arenas.make(&identity, superblock.salt)?;
-            adopt_tail(&log, &arena, superblock.geometry.block_bytes);
+            adopt_tail(&log, &arena, superblock.geometry.block_bytes)?;
             (arena, Vec::new())
         }
     };
@@ -137,7 +137,13 @@ pub fn open(
     let tail =
         RingTail { regions: log.regions, closed, next_lsn: log.next_lsn, next_group_seq: log.next_group_seq };
     let ring = Ring::resume(superblock.geometry, tail);
-    let core = Core::new(CoreStart { ring, durable: log_end, checkpoint: log.checkpoint.lsn, indexes });
+    let core = Core::new(CoreStart {
+        ring,
+        durable: log_end,
+        checkpoint: log.checkpoint.lsn,
+        indexes,
+        allocated: false,
+    });
     Ok(Opened { superblock, core, arena, rules, checkpoint: log.checkpoint, targets, report })
 }
 
@@ -315,10 +321,12 @@ fn restore_patches(
 }
 
 /// Puts the bytes of the log's last region into a new arena.
-fn adopt_tail(log: &ScannedLog, arena: &Arena, block_bytes: u32) {
+fn adopt_tail(log: &ScannedLog, arena: &Arena, block_bytes: u32) -> Result<()> {
     let tail = log.regions.last().expect("a log has a region");
+    arena.allocate(tail.start.seq)?;
     arena.put(tail.start.seq, 0, &log.tail_image);
     arena.zero(tail.start.seq, tail.data_end.max(block_bytes), arena.region_bytes());
+    Ok(())
 }
 
 /// Appends to `log` the records that the arena holds behind its end, and returns their groups, which the committer has to

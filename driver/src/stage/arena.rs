@@ -34,7 +34,8 @@ pub struct Arena {
     region_count: u32,
     /// Readers that use bytes of a slot, per slot: such a slot is not given to a new region.
     pins: Vec<AtomicU32>,
-    path: Option<PathBuf>,
+    /// The file and its path; none for an anonymous arena.
+    file: Option<(File, PathBuf)>,
 }
 
 // SAFETY: `base` points to a mapping that lives as long as the value; who may touch which part from which thread is
@@ -97,7 +98,7 @@ impl Arena {
             .mode(0o600)
             .open(&temporary)
             .map_err(|e| Error::io(context("create"), e))?;
-        let built = Arena::fill_new(&file, identity, salt, &path).and_then(|arena| {
+        let built = Arena::fill_new(file, identity, salt, &path).and_then(|arena| {
             match std::fs::rename(&temporary, &path) {
                 Ok(()) => Ok(arena),
                 Err(e) => Err(Error::io(context("rename"), e)),
@@ -109,24 +110,49 @@ impl Arena {
         built
     }
 
-    fn fill_new(file: &File, identity: &ArenaIdentity, salt: u64, path: &Path) -> Result<Arena> {
-        let len = Arena::file_bytes(identity);
-        // Pages are allocated now: a store into a page that tmpfs cannot provide would kill the process later.
-        nix::fcntl::posix_fallocate(file, 0, len as i64).map_err(|e| {
-            Error::io(
+    fn fill_new(file: File, identity: &ArenaIdentity, salt: u64, path: &Path) -> Result<Arena> {
+        let len = Arena::file_bytes(identity) as u64;
+        let room = nix::sys::statvfs::fstatvfs(&file)
+            .map(|fs| fs.blocks_available() as u64 * fs.fragment_size() as u64)
+            .map_err(|e| {
+                Error::io(format!("cannot look at the file system of {}", path.display()), e.into())
+            })?;
+        if room < len {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
                 format!(
-                    "cannot reserve {len} bytes of shared memory for arena {}; free memory, enlarge the tmpfs or use a \
+                    "arena {} needs {len} bytes of shared memory, {room} are free: free memory, enlarge the tmpfs or use a \
                      smaller stage",
                     path.display()
                 ),
-                e.into(),
-            )
-        })?;
+            ));
+        }
+        file.set_len(len).map_err(|e| Error::io(format!("cannot size arena {}", path.display()), e))?;
         let arena = Arena::map(file, identity, Some(path.to_path_buf()))?;
+        arena.allocate_bytes(0, ARENA_HEADER_BYTES as u64)?;
         let image = identity.encode(salt);
         // SAFETY: nobody else knows the new mapping; the header fits it.
         unsafe { std::ptr::copy_nonoverlapping(image.as_bytes().as_ptr(), arena.base, ARENA_HEADER_BYTES) };
         Ok(arena)
+    }
+
+    /// Makes sure that the pages of the slot of region `seq` exist: a store into a page that tmpfs cannot provide would
+    /// kill the process. To be called before anything is stored there; takes time in proportion to the region.
+    pub fn allocate(&self, seq: RegionSeq) -> Result<()> {
+        self.allocate_bytes(self.position(seq, 0) as u64, u64::from(self.region_bytes))
+    }
+
+    fn allocate_bytes(&self, offset: u64, len: u64) -> Result<()> {
+        let Some((file, path)) = &self.file else { return Ok(()) };
+        nix::fcntl::posix_fallocate(file, offset as i64, len as i64).map_err(|e| {
+            Error::io(
+                format!(
+                    "cannot reserve {len} bytes of shared memory for arena {}: free memory or enlarge the tmpfs",
+                    path.display()
+                ),
+                e.into(),
+            )
+        })
     }
 
     /// Maps the existing file of `identity` below `dir`; `None` if there is none, an error if it is not that arena.
@@ -144,7 +170,7 @@ impl Arena {
         if bytes != Arena::file_bytes(identity) as u64 {
             return Err(wrong());
         }
-        let arena = Arena::map(&file, identity, Some(path.clone()))?;
+        let arena = Arena::map(file, identity, Some(path.clone()))?;
         // SAFETY: the header is within the mapping and nobody writes to it once the file has its name.
         let header = unsafe { std::slice::from_raw_parts(arena.base, ARENA_HEADER_BYTES) };
         if ArenaIdentity::decode(header, salt) != Some(*identity) {
@@ -153,22 +179,37 @@ impl Arena {
         Ok(Some(arena))
     }
 
-    /// Arena without a file, for simulations and measurements: it lives as long as the value.
+    /// Arena without a file, for measurements: it lives as long as the value.
     pub fn anonymous(identity: &ArenaIdentity) -> Result<Arena> {
+        Arena::map_anonymous(&Arena::anonymous_memory(identity)?, identity)
+    }
+
+    /// Memory for [`Arena::map_anonymous`]: it lives as long as the value or a mapping.
+    pub fn anonymous_memory(identity: &ArenaIdentity) -> Result<File> {
         let name = c"tidegate-arena";
         let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
             .map_err(|e| Error::io("cannot create anonymous shared memory", e.into()))?;
         let file = File::from(fd);
         file.set_len(Arena::file_bytes(identity) as u64)
             .map_err(|e| Error::io("cannot size anonymous shared memory", e))?;
-        Arena::map(&file, identity, None)
+        Ok(file)
+    }
+
+    /// Arena in `memory`, which a simulation keeps when its server dies and maps again for the next one.
+    pub fn map_anonymous(memory: &File, identity: &ArenaIdentity) -> Result<Arena> {
+        let bytes = memory.metadata().map_err(|e| Error::io("cannot stat anonymous shared memory", e))?.len();
+        if bytes != Arena::file_bytes(identity) as u64 {
+            return Err(Error::new(ErrorKind::Invalid, "the memory is not that of this arena"));
+        }
+        let memory = memory.try_clone().map_err(|e| Error::io("cannot keep anonymous shared memory", e))?;
+        Arena::map(memory, identity, None)
     }
 
     fn file_bytes(identity: &ArenaIdentity) -> usize {
         ARENA_HEADER_BYTES + identity.region_bytes as usize * identity.region_count as usize
     }
 
-    fn map(file: &File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
+    fn map(file: File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
         use std::os::fd::AsRawFd;
         let len = Arena::file_bytes(identity);
         // SAFETY: a fresh shared mapping at an address of the kernel's choice; the descriptor is open.
@@ -194,14 +235,14 @@ impl Arena {
             region_bytes: identity.region_bytes,
             region_count: identity.region_count,
             pins: (0..identity.region_count).map(|_| AtomicU32::new(0)).collect(),
-            path,
+            file: path.map(|path| (file, path)),
         })
     }
 
     /// Removes the arena's file; the mapping stays usable.
     pub fn unlink(&self) -> Result<()> {
-        match &self.path {
-            Some(path) => std::fs::remove_file(path)
+        match &self.file {
+            Some((_, path)) => std::fs::remove_file(path)
                 .map_err(|e| Error::io(format!("cannot remove arena file {}", path.display()), e)),
             None => Ok(()),
         }

@@ -17,7 +17,8 @@
 //!   records at or below the durable LSN;
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
 //! - C3 the index holds a byte's newest record above the checkpoint; below it the backing holds it;
-//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them.
+//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
+//! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -154,11 +155,16 @@ pub struct Core {
     pub(super) indexes: BTreeMap<VolumeId, Index>,
     pub(super) extent_count: usize,
     pub(super) checkpoint: Lsn,
+    /// The region where the durable checkpoint lets the log begin: what it names stays, or the next recovery would look for
+    /// it in vain.
+    pub(super) head: RegionSeq,
     durable_waits: VecDeque<DurableWait>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
     /// Somebody wants everything up to here durable.
     commit_to: Lsn,
+    /// Slots of the arena whose memory exists.
+    pub(super) allocated: Vec<bool>,
     /// Set when damage was found: nothing more is accepted.
     pub(super) damaged: bool,
     pub(super) kicked: bool,
@@ -179,6 +185,8 @@ pub struct CoreStart {
     pub checkpoint: Lsn,
     /// One index per volume.
     pub indexes: BTreeMap<VolumeId, Index>,
+    /// Whether the memory of all slots exists; otherwise only the open region's does.
+    pub allocated: bool,
 }
 
 impl Core {
@@ -188,12 +196,17 @@ impl Core {
         let next = start.ring.next_lsn();
         assert!(start.checkpoint <= start.durable && start.durable < next, "C2");
         let region_count = start.ring.geometry().region_count;
+        let mut allocated = vec![start.allocated; region_count as usize];
+        allocated[start.ring.open_seq().slot(region_count) as usize] = true;
+        let head = start.ring.regions().next().expect("an open region").start.seq;
         Core {
+            allocated,
             window: Window::new(next),
             committer: Committer::new(start.durable),
             extent_count: start.indexes.values().map(Index::extent_count).sum(),
             indexes: start.indexes,
             checkpoint: start.checkpoint,
+            head,
             durable_waits: VecDeque::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),
@@ -236,6 +249,11 @@ impl Core {
         // Each record adds at most two extents: itself and a split of another.
         let extents = self.extent_count + 2 * (self.window.len() + 1);
         if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX {
+            return None;
+        }
+        if let Some(next) = self.ring.would_open(payload_bytes)
+            && !self.is_allocated(next)
+        {
             return None;
         }
         let regions = self.ring.regions().len();
@@ -326,6 +344,7 @@ impl Core {
 
     /// Takes the result of the log write in flight.
     pub fn log_written(&mut self, group: &ClosedGroup, result: Result<(), Errno>) {
+        let before = self.durable();
         if self.committer.written(result.is_ok()) {
             self.counters.groups += 1;
             self.counters.log_bytes += u64::from(group.end - group.write_from);
@@ -338,7 +357,8 @@ impl Core {
                 self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
             }
             self.serve_space_waits();
-            if self.sealed_region_needs_table() || self.above_high_mark() {
+            let requested = before < self.commit_to && self.commit_to <= durable;
+            if requested || self.sealed_region_needs_table() || self.above_high_mark() {
                 self.kick();
             }
             self.pump_commit();
@@ -433,6 +453,14 @@ impl Core {
     #[must_use]
     pub fn ring(&self) -> &Ring {
         &self.ring
+    }
+
+    /// Bytes of regions that are not reclaimed yet; the open one counts as far as it is filled.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        let full = self.ring.regions().len() as u64 - 1;
+        let geometry = self.ring.geometry();
+        full * u64::from(geometry.region_bytes) + u64::from(self.ring.cursor())
     }
 
     /// Extents in all indexes.

@@ -9,4 +9,7 @@ pub mod serve;
 pub mod walk;
 pub mod window;
 
+#[cfg(test)]
+mod tests;
+
 pub use index::{Extent, Index, Lookup, Piece, Source};

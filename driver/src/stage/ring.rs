@@ -199,6 +199,12 @@ impl Ring {
         }
     }
 
+    /// The region that a claim of `payload_bytes` would open, if it does not fit into the open one.
+    #[must_use]
+    pub fn would_open(&self, payload_bytes: u32) -> Option<RegionSeq> {
+        (!self.fits(record_bytes(payload_bytes))).then(|| self.open_seq().next())
+    }
+
     /// Claims the next place for a record with `payload_bytes`. `None`: the stage is full; nothing has changed.
     #[must_use]
     pub fn claim(&mut self, payload_bytes: u32) -> Option<Slot> {
@@ -350,6 +356,12 @@ impl Ring {
     #[must_use]
     pub fn open_seq(&self) -> RegionSeq {
         self.regions.back().expect("an open region").start.seq
+    }
+
+    /// Next free byte of the open region.
+    #[must_use]
+    pub fn cursor(&self) -> u32 {
+        self.cursor
     }
 
     /// LSN of the next record.

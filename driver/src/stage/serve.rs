@@ -94,6 +94,25 @@ impl Core {
         true
     }
 
+    pub(super) fn is_allocated(&self, seq: RegionSeq) -> bool {
+        self.allocated[seq.slot(self.ring.geometry().region_count) as usize]
+    }
+
+    /// The next region whose slot has no memory yet, in the order in which claims will get there.
+    #[must_use]
+    pub fn next_unallocated(&self) -> Option<RegionSeq> {
+        let open = self.ring.open_seq();
+        let count = u64::from(self.ring.geometry().region_count);
+        (1..count).map(|i| RegionSeq(open.0 + i)).find(|seq| !self.is_allocated(*seq))
+    }
+
+    /// The memory of a region's slot exists now.
+    pub fn slot_allocated(&mut self, seq: RegionSeq) {
+        let slot = seq.slot(self.ring.geometry().region_count) as usize;
+        self.allocated[slot] = true;
+        self.serve_space_waits();
+    }
+
     /// The region that should be brought into memory next: one that a read waits for, else the oldest.
     #[must_use]
     pub fn next_cold_region(&self) -> Option<RegionState> {
@@ -200,11 +219,13 @@ impl Core {
         self.ring.head_after(checkpoint)
     }
 
-    /// The checkpoint at `to` is durable: forget what it covers. `ranges` are the bytes that the epoch wrote.
+    /// The checkpoint at `to`, with the log beginning at region `head`, is durable: forget what it covers. `ranges` are the
+    /// bytes that the epoch wrote.
     pub fn checkpointed(
         &mut self,
         arena: &Arena,
         to: Lsn,
+        head: RegionSeq,
         ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
     ) {
         assert!(to > self.checkpoint && to <= self.durable(), "C2");
@@ -216,6 +237,7 @@ impl Core {
             }
         }
         self.checkpoint = to;
+        self.head = head;
         self.reclaim(arena);
     }
 
@@ -223,9 +245,10 @@ impl Core {
     pub fn reclaim(&mut self, arena: &Arena) {
         let indexes = &self.indexes;
         let checkpoint = self.checkpoint;
+        let head = self.head;
         self.ring.reclaim(checkpoint, |region| {
             debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
-            !arena.is_pinned(region.start.seq)
+            region.start.seq < head && !arena.is_pinned(region.start.seq)
         });
         self.serve_space_waits();
         self.pump_commit();
@@ -234,8 +257,8 @@ impl Core {
     /// Whether a region could be given up if nobody had it pinned.
     #[must_use]
     pub fn reclaim_is_pending(&self) -> bool {
-        let head = self.ring.regions().next().expect("an open region");
-        head.start.seq != self.ring.open_seq() && head.last_lsn() <= self.checkpoint
+        let oldest = self.ring.regions().next().expect("an open region");
+        oldest.start.seq < self.head && oldest.last_lsn() <= self.checkpoint
     }
 
     /// Begins to index a volume.

@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::shared::{LOG_TOKEN, Shared};
+use super::shared::{Clock, LOG_TOKEN, Shared};
 use crate::base::checksum::crc64;
-use crate::base::{Error, Lsn, VolumeId};
-use crate::flush::epoch::{Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint};
+use crate::base::{Lsn, VolumeId};
+use crate::flush::epoch::{
+    Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
+};
 use crate::flush::{Plan, PlanParams};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::patch::PatchImage;
@@ -53,7 +55,7 @@ impl BackOff {
 }
 
 /// What the background has to tell.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BackgroundStatus {
     /// Epochs flushed.
     pub epochs: u64,
@@ -65,6 +67,8 @@ pub struct BackgroundStatus {
     pub backing_problem: Option<(VolumeId, String)>,
     /// Why the stage device fails, while it does.
     pub stage_problem: Option<String>,
+    /// Why the arena cannot get all its memory, while it cannot.
+    pub memory_problem: Option<String>,
     /// Damage that was found.
     pub damage: Option<String>,
     /// The checkpoint.
@@ -86,6 +90,7 @@ pub struct Background {
     log_group: Option<ClosedGroup>,
     flush_retry: BackOff,
     log_retry: BackOff,
+    allocate_retry: BackOff,
     idle_since_ns: u64,
     seen_claimed: Lsn,
     /// Flush everything up to here at once.
@@ -118,6 +123,7 @@ impl Background {
             log_group: None,
             flush_retry: BackOff::default(),
             log_retry: BackOff::default(),
+            allocate_retry: BackOff::default(),
             idle_since_ns: 0,
             seen_claimed: Lsn::ZERO,
             drain_to: Lsn::ZERO,
@@ -151,6 +157,12 @@ impl Background {
         self.targets.get_mut(&volume)
     }
 
+    /// The engine's clock.
+    #[must_use]
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.shared.clock.clone()
+    }
+
     /// Whether an epoch is being flushed.
     #[must_use]
     pub fn is_flushing(&self) -> bool {
@@ -169,6 +181,7 @@ impl Background {
         self.shared.core.lock().background_came();
         self.retry_log(now_ns);
         self.run(submit);
+        self.allocate(now_ns);
         self.load(submit);
         self.seal(submit);
         self.flush(now_ns, submit);
@@ -193,8 +206,14 @@ impl Background {
         if core.reclaim_is_pending() {
             at_latest(now_ns + RECLAIM_RETRY_NS);
         }
+        if core.next_unallocated().is_some() {
+            at_latest(self.allocate_retry.until_ns.max(now_ns));
+        }
         if core.claimed() > core.checkpoint() && self.epoch.is_none() && !core.is_damaged() {
-            at_latest(self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS).max(now_ns + 1));
+            // An epoch that is due and could not begin waits for the log or for a region, both of which call. The pause is
+            // for what does not: a change that its door has not finished yet.
+            let due = self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS);
+            at_latest(if due > now_ns { due } else { now_ns + IDLE_NS });
         }
         deadline
     }
@@ -223,6 +242,27 @@ impl Background {
         }
     }
 
+    // ---- memory
+
+    /// Brings one more slot of the arena into being. A step takes one, so that requests are not held up for long.
+    fn allocate(&mut self, now_ns: u64) {
+        if now_ns < self.allocate_retry.until_ns {
+            return;
+        }
+        let Some(seq) = self.shared.core.lock().next_unallocated() else { return };
+        match self.shared.arena.allocate(seq) {
+            Ok(()) => {
+                self.allocate_retry = BackOff::default();
+                self.status.memory_problem = None;
+                self.shared.core.lock().slot_allocated(seq);
+            }
+            Err(error) => {
+                self.allocate_retry.failed(now_ns, FLUSH_RETRY_NS);
+                self.status.memory_problem = Some(error.report());
+            }
+        }
+    }
+
     // ---- cold regions
 
     fn load(&mut self, submit: &mut dyn FnMut(Op)) {
@@ -234,6 +274,10 @@ impl Background {
             if self.arena_reused && self.is_whole(&region) {
                 self.loaded(&region);
                 continue;
+            }
+            if let Err(error) = self.shared.arena.allocate(region.start.seq) {
+                self.status.memory_problem = Some(error.report());
+                return;
             }
             let len = self.shared.geometry.region_bytes;
             submit(Op {
@@ -283,8 +327,10 @@ impl Background {
                 ));
             }
             Err(errno) => {
-                self.status.damage =
-                    Some(format!("the log cannot be read at byte {position} (region {}): {errno}", region.start.seq));
+                self.status.damage = Some(format!(
+                    "the log cannot be read at byte {position} (region {}): {errno}",
+                    region.start.seq
+                ));
             }
         }
         self.shared.core.lock().refuse_everything();
@@ -412,7 +458,8 @@ impl Background {
             self.visit(region, |record_offset, record| {
                 let source = source_of(record.kind, seq, payload_offset(record_offset));
                 let in_epoch = record.lsn > epoch.from && record.lsn <= epoch.to;
-                if let Some(source) = source.filter(|_| in_epoch && self.targets.contains_key(&record.volume)) {
+                if let Some(source) = source.filter(|_| in_epoch && self.targets.contains_key(&record.volume))
+                {
                     let extent = Extent { range: record.range, lsn: record.lsn, source };
                     extents.entry(record.volume).or_default().push(extent);
                 }
@@ -439,7 +486,10 @@ impl Background {
         self.status.stage_problem = None;
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
-        self.shared.core.lock().checkpointed(&self.shared.arena, run.epoch.to, run.written_ranges());
+        let head = self.checkpoint.head.seq;
+        let mut core = self.shared.core.lock();
+        core.checkpointed(&self.shared.arena, run.epoch.to, head, run.written_ranges());
+        drop(core);
         self.run(submit);
         self.flush(now_ns, submit);
     }
@@ -480,11 +530,5 @@ impl Background {
             let token = Token(done.token.0 & (EPOCH_TOKENS - 1));
             epoch.op_done(Done { token, ..done }, &mut io);
         }
-    }
-
-    /// The damage that was found, as an error.
-    #[must_use]
-    pub fn damage(&self) -> Option<Error> {
-        self.status.damage.as_ref().map(|what| Error::new(crate::base::ErrorKind::Damaged, what.clone()))
     }
 }

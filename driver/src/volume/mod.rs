@@ -1,9 +1,15 @@
 //! Volumes and the doors to them.
 
+pub mod admin;
 pub mod background;
 pub mod door;
+pub mod engine;
+pub mod local;
 pub mod request;
 pub mod shared;
 pub mod status;
 
+pub use door::VolumeDoor;
+pub use engine::{Engine, EngineConfig};
+pub use local::LocalClient;
 pub use request::{Door, DoorIo, Request, RequestKind, Wake};

@@ -1,0 +1,53 @@
+# Everything the project does, one target each. `make run` and `make test` install what they need.
+SHELL := bash
+CARGO ?= cargo
+PREFIX ?= /usr/local
+SEEDS ?= 2000
+FUZZ_SECONDS ?= 30
+KERNELS ?= 6.12 7.2
+
+.PHONY: run test ci sim fuzz bench lint fmt doc install tools-release
+
+tools-release:
+	$(CARGO) build --release -p tidegate-tools
+
+# The main job, shown: on this kernel if it has ublk, else in the test machine.
+run: tools-release
+	tools/demo/run
+
+# All tests, those on a real kernel included (in the test machine, on every kernel of KERNELS).
+test:
+	tests/run $(KERNELS)
+
+ci: lint test
+
+# Seeded crash simulation: SEEDS worlds, or the one of SEED=….
+sim:
+	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
+
+# Random input to every decoder.
+fuzz:
+	PROPTEST_CASES=200000 $(CARGO) test --release -p tidegate-driver --lib format::tests::decoders_never_panic
+
+bench:
+	benches/run
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+fmt:
+	$(CARGO) fmt --all
+
+doc:
+	$(CARGO) doc --workspace --no-deps
+	TIDEGATE_UPDATE_DOCS=1 $(CARGO) test -p tidegate-driver --test formats_doc
+
+install: tools-release
+	install -D -m 0755 target/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
+	install -D -m 0644 tools/packaging/tidegate@.service $(DESTDIR)/usr/lib/systemd/system/tidegate@.service
+	install -D -m 0644 tools/packaging/90-tidegate.rules $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
+	install -D -m 0644 tools/packaging/tidegate.conf $(DESTDIR)/usr/lib/modules-load.d/tidegate.conf
+	install -d $(DESTDIR)/usr/share/bash-completion/completions
+	target/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate

@@ -1,0 +1,303 @@
+//! The stage's pure parts against their invariants: ring arithmetic, publish window, commit order under concurrency.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use shuttle::rand::Rng;
+
+use super::core::{Ack, Claim, Core, CoreStart, DoorId, Outcome};
+use super::ring::{ClosedGroup, Ring, Slot};
+use super::window::Window;
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
+use crate::format::geometry::Geometry;
+use crate::format::record::{Record, RecordKind, record_bytes};
+use crate::format::region::{RegionStart, table_bytes};
+use crate::format::volume_entry::OnLogError;
+
+const REGION_BYTES: u32 = 32 << 10;
+
+fn geometry(block_bytes: u32) -> Geometry {
+    let patch_bytes = 8192;
+    let device_bytes = Geometry::device_bytes_min(REGION_BYTES, patch_bytes) + 2 * u64::from(REGION_BYTES);
+    Geometry::for_device(device_bytes, block_bytes, REGION_BYTES, patch_bytes).unwrap()
+}
+
+fn start() -> RegionStart {
+    RegionStart { seq: RegionSeq(1), first_lsn: Lsn(1), first_group_seq: 1 }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Claim(u32),
+    Close,
+    Reclaim,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => (0u32..=8192).prop_map(Step::Claim),
+        2 => Just(Step::Close),
+        1 => Just(Step::Reclaim),
+    ];
+    proptest::collection::vec(step, 1..400)
+}
+
+/// Checks R1–R5 of the ring against everything it has handed out so far.
+struct RingModel {
+    slots: Vec<(RegionSeq, u32, u32)>,
+    groups: Vec<ClosedGroup>,
+}
+
+impl RingModel {
+    fn slot(&mut self, slot: &Slot, ring: &Ring) {
+        let end = slot.offset() + record_bytes(slot.payload_bytes());
+        assert_eq!(slot.lsn().0, self.slots.len() as u64 + 1, "R2");
+        if let Some(&(region, _, last_end)) = self.slots.last() {
+            assert!(
+                region < slot.region() || (region == slot.region() && last_end <= slot.offset()),
+                "R1, R2"
+            );
+        }
+        let region = ring.region(slot.region()).expect("live");
+        let room = REGION_BYTES - table_bytes(region.record_count, ring.geometry().block_bytes);
+        assert!(slot.offset() >= ring.geometry().block_bytes && end <= room, "R1");
+        self.slots.push((slot.region(), slot.offset(), end));
+    }
+
+    fn group(&mut self, group: ClosedGroup, block_bytes: u32) {
+        assert!(
+            group.end.is_multiple_of(block_bytes) && group.header_offset.is_multiple_of(block_bytes),
+            "R3"
+        );
+        if let Some(last) = self.groups.last() {
+            assert_eq!(
+                (group.group_seq, group.first_lsn),
+                (last.group_seq + 1, last.last_lsn().next()),
+                "R3"
+            );
+            assert!(
+                last.region < group.region || last.end <= group.write_from,
+                "durable blocks are not rewritten"
+            );
+        }
+        for lsn in group.first_lsn.0..=group.last_lsn().0 {
+            let (region, offset, end) = self.slots[lsn as usize - 1];
+            assert!(region == group.region && group.header_offset < offset && end <= group.records_end);
+        }
+        self.groups.push(group);
+    }
+}
+
+proptest! {
+    #[test]
+    fn ring_keeps_its_invariants(steps in steps(), block_shift in 9u32..=12) {
+        let geometry = geometry(1 << block_shift);
+        let mut ring = Ring::empty(geometry, start());
+        let mut model = RingModel { slots: Vec::new(), groups: Vec::new() };
+        for step in steps {
+            match step {
+                Step::Claim(payload) => {
+                    let regions = ring.regions().len();
+                    match ring.claim(payload) {
+                        Some(slot) => model.slot(&slot, &ring),
+                        None => {
+                            prop_assert_eq!(regions, geometry.region_count as usize, "full only when full");
+                            prop_assert_eq!(ring.regions().len(), regions);
+                        }
+                    }
+                }
+                Step::Close => ring.close_group(),
+                Step::Reclaim => {
+                    while let Some(group) = ring.take_closed() {
+                        model.group(group, geometry.block_bytes);
+                    }
+                    let committed = model.groups.last().map_or(Lsn::ZERO, ClosedGroup::last_lsn);
+                    let head = ring.head_after(committed);
+                    ring.reclaim(committed, |_| true);
+                    prop_assert_eq!(ring.regions().next().unwrap().start, head);
+                }
+            }
+            prop_assert!(ring.regions().len() <= geometry.region_count as usize, "R4");
+        }
+    }
+
+    #[test]
+    fn window_gives_the_gap_free_prefix(order in proptest::collection::vec(any::<prop::sample::Index>(), 1..60)) {
+        let mut window = Window::new(Lsn(5));
+        let mut open: Vec<u64> = (5..5 + order.len() as u64).collect();
+        open.iter().for_each(|&lsn| window.claimed(Lsn(lsn)));
+        let mut next = 5;
+        for pick in order {
+            let lsn = open.swap_remove(pick.index(open.len()));
+            window.published(Lsn(lsn), lsn);
+            while let Some(taken) = window.advance() {
+                prop_assert_eq!(taken, next);
+                next += 1;
+            }
+            prop_assert_eq!(next, open.iter().copied().min().unwrap_or(window.prefix().0 + 1));
+            prop_assert_eq!(window.prefix(), Lsn(next - 1));
+        }
+        prop_assert!(window.is_empty());
+    }
+}
+
+fn core() -> Core {
+    Core::new(CoreStart {
+        ring: Ring::empty(geometry(512), start()),
+        durable: Lsn::ZERO,
+        checkpoint: Lsn::ZERO,
+        indexes: BTreeMap::from([(VolumeId(1), Default::default())]),
+        allocated: true,
+    })
+}
+
+fn record(slot: &Slot) -> Record {
+    Record {
+        lsn: slot.lsn(),
+        volume: VolumeId(1),
+        kind: RecordKind::Write,
+        range: ByteRange::at(0, u64::from(slot.payload_bytes())),
+        payload_bytes: slot.payload_bytes(),
+        payload_checksum: 0,
+        timestamp_ns: 0,
+        incarnation: 0,
+    }
+}
+
+/// Several doors claim, fill outside the lock and publish, while whoever gets the write carries it out: whatever the
+/// schedule, a group is written only when all its records are filled, acknowledgements come once, in order, and only for
+/// what is durable (or published).
+#[test]
+fn claim_fill_publish_commit_under_every_schedule() {
+    use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use shuttle::sync::{Arc, Mutex};
+    const DOORS: u32 = 3;
+    const WRITES: u32 = 4;
+    shuttle::check_random(
+        || {
+            let core = Arc::new(Mutex::new(core()));
+            let filled: Arc<Vec<AtomicBool>> =
+                Arc::new((0..=DOORS * WRITES).map(|_| AtomicBool::new(false)).collect());
+            let durable = Arc::new(AtomicU64::new(0));
+            let acks = Arc::new(Mutex::new(Vec::new()));
+            let threads: Vec<_> = (0..DOORS)
+                .map(|door| {
+                    let (core, filled) = (core.clone(), filled.clone());
+                    let (durable, acks) = (durable.clone(), acks.clone());
+                    shuttle::thread::spawn(move || {
+                        for tag in 0..WRITES {
+                            let payload = shuttle::rand::thread_rng().gen_range(0..3000);
+                            let claim =
+                                core.lock().unwrap().claim(DoorId(door), tag, payload, OnLogError::Stall);
+                            let Claim::Slot(slot) = claim else { panic!("there is room") };
+                            filled[slot.lsn().0 as usize].store(true, Ordering::SeqCst);
+                            let ack = Ack {
+                                door: DoorId(door),
+                                tag,
+                                durable: tag % 2 == 0,
+                                on_log_error: OnLogError::Stall,
+                            };
+                            let record = record(&slot);
+                            core.lock().unwrap().publish(slot, record, Some(ack));
+                            core.lock().unwrap().pump_commit();
+                            carry_out(&core, &filled, &durable, &acks);
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|t| t.join().unwrap());
+            core.lock().unwrap().request_commit();
+            core.lock().unwrap().pump_commit();
+            carry_out(&core, &filled, &durable, &acks);
+            let mut acks = acks.lock().unwrap().clone();
+            acks.sort_unstable();
+            let expected: Vec<(u32, u32)> =
+                (0..DOORS).flat_map(|d| (0..WRITES).map(move |t| (d, t))).collect();
+            assert_eq!(acks, expected, "every request is acknowledged once");
+            assert_eq!(core.lock().unwrap().durable(), Lsn(u64::from(DOORS * WRITES)));
+        },
+        300,
+    );
+
+    fn carry_out(
+        core: &Mutex<Core>,
+        filled: &[AtomicBool],
+        durable: &AtomicU64,
+        acks: &Mutex<Vec<(u32, u32)>>,
+    ) {
+        loop {
+            let mut outcomes = Vec::new();
+            core.lock().unwrap().take_outcomes(&mut outcomes);
+            if outcomes.is_empty() {
+                return;
+            }
+            for outcome in outcomes {
+                match outcome {
+                    Outcome::WriteLog(group) => {
+                        for lsn in group.first_lsn.0..=group.last_lsn().0 {
+                            let is_filled = filled[lsn as usize].load(Ordering::SeqCst);
+                            assert!(is_filled, "group {} has an unfilled record", group.group_seq);
+                        }
+                        let before = durable.swap(group.last_lsn().0, Ordering::SeqCst);
+                        assert_eq!(
+                            before + 1,
+                            group.first_lsn.0,
+                            "groups are written in order, one at a time"
+                        );
+                        core.lock().unwrap().log_written(&group, Ok(()));
+                    }
+                    Outcome::Complete { door, tag, result } => {
+                        result.unwrap();
+                        acks.lock().unwrap().push((door.0, tag));
+                    }
+                    Outcome::KickBackground => {}
+                    other => panic!("unexpected {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
+    use crate::io::Errno;
+    let mut core = core();
+    let ack = |tag, on_log_error| Ack { door: DoorId(1), tag, durable: true, on_log_error };
+    for (tag, policy) in [(0, OnLogError::Stall), (1, OnLogError::Fail)] {
+        let Claim::Slot(slot) = core.claim(DoorId(1), tag, 100, policy) else { panic!("there is room") };
+        let record = record(&slot);
+        core.publish(slot, record, Some(ack(tag, policy)));
+    }
+    core.pump_commit();
+    let mut outcomes = Vec::new();
+    core.take_outcomes(&mut outcomes);
+    let group =
+        outcomes.iter().find_map(|o| if let Outcome::WriteLog(g) = o { Some(*g) } else { None }).unwrap();
+    outcomes.clear();
+    core.log_written(&group, Err(Errno::EIO));
+    core.pump_commit();
+    core.take_outcomes(&mut outcomes);
+    let completions: Vec<(u32, bool)> = outcomes
+        .iter()
+        .filter_map(|o| {
+            if let Outcome::Complete { tag, result, .. } = o { Some((*tag, result.is_ok())) } else { None }
+        })
+        .collect();
+    assert_eq!(completions, [(1, false)], "the volume that prefers errors is told, the other waits");
+    assert_eq!(core.durable(), Lsn::ZERO);
+    assert!(matches!(core.claim(DoorId(1), 2, 100, OnLogError::Fail), Claim::Refused(_)));
+    assert!(matches!(core.claim(DoorId(1), 3, 100, OnLogError::Stall), Claim::Wait));
+
+    outcomes.clear();
+    core.retry_log();
+    core.take_outcomes(&mut outcomes);
+    assert!(
+        outcomes.iter().any(|o| matches!(o, Outcome::WriteLog(g) if *g == group)),
+        "the same group again"
+    );
+    outcomes.clear();
+    core.log_written(&group, Ok(()));
+    core.take_outcomes(&mut outcomes);
+    assert!(matches!(outcomes[0], Outcome::Complete { tag: 0, result: Ok(()), .. }));
+    assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");
+}

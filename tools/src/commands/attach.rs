@@ -1,0 +1,198 @@
+//! `attach`: finds or starts the server and has it make the device.
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::format::volume_entry::{VolumeInfo, check_name};
+use tidegate_driver::io::FileDisk;
+
+use crate::cli::Attach;
+use crate::client::Client;
+use crate::protocol::{Reply, Request};
+use crate::registry::{Entry, Registry, StageDir};
+use crate::{engine, paths, report, server};
+
+/// How long the server may vanish under our eyes before that is an error.
+const RETRY: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(20);
+
+/// `attach`.
+pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
+    let entry = locate(registry, args)?;
+    preflight()?;
+    if args.foreground {
+        return server::foreground(registry, &entry, args.accept_loss, args.json);
+    }
+    let device = attach(registry, &entry, args.accept_loss)?;
+    print_device(&entry, &device, args.json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what scripts wait for.
+pub fn print_device(entry: &Entry, device: &str, json: bool) -> Result<()> {
+    if json { report::json(&json!({ "name": entry.name, "device": device })) } else { report::line(device) }
+}
+
+/// What making a device needs of the machine.
+pub fn preflight() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(
+            ErrorKind::Permission,
+            "attach makes a block device, which only root may: run it with sudo",
+        ));
+    }
+    tidegate_ublk::ctrl::Control::open().map(|_| ())
+}
+
+/// The volume's entry; entered or corrected from `--stage` and `--backing`.
+fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
+    check_name(&args.name)?;
+    if args.stage.is_none() && args.backing.is_none() {
+        return registry.get(&args.name);
+    }
+    let _lock = registry.lock()?;
+    let known = registry.find(&args.name)?;
+    let stage = match (&args.stage, &known) {
+        (Some(path), _) => paths::absolute(path)?,
+        (None, Some(entry)) => entry.stage.clone(),
+        (None, None) => return registry.get(&args.name),
+    };
+    let (stage_uuid, volume) = volume_on(&stage, &args.name)?;
+    if let Some(entry) = &known
+        && (entry.stage_uuid, entry.volume_uuid) != (stage_uuid, volume.uuid)
+    {
+        return Err(Error::new(
+            ErrorKind::WrongDevice,
+            format!(
+                "{} holds stage {stage_uuid}; volume '{}' is on stage {}: find that one, or attach the other volume under \
+                 another state directory",
+                stage.display(),
+                args.name,
+                entry.stage_uuid
+            ),
+        ));
+    }
+    let backing = match (&args.backing, known) {
+        (Some(path), _) => paths::absolute(path)?,
+        (None, Some(entry)) => entry.backing,
+        (None, None) => volume.backing.into(),
+    };
+    // Volumes of one stage are found together.
+    for mut other in
+        registry.entries()?.into_iter().filter(|e| e.stage_uuid == stage_uuid && e.stage != stage)
+    {
+        other.stage.clone_from(&stage);
+        registry.put(&other)?;
+    }
+    let entry = Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid);
+    registry.put(&entry)?;
+    Ok(entry)
+}
+
+fn volume_on(stage: &Path, name: &str) -> Result<(uuid::Uuid, VolumeInfo)> {
+    let superblock = engine::read_superblock(&FileDisk::open_to_look(stage)?)?.superblock;
+    let names: Vec<&str> = superblock.volumes.iter().map(|v| v.name.as_str()).collect();
+    let not_there = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("stage {} has no volume '{name}'; it has: {}", stage.display(), names.join(", ")),
+        )
+    };
+    let volume = superblock.volumes.iter().find(|v| v.name == name).ok_or_else(not_there)?;
+    Ok((superblock.stage_uuid, volume.clone()))
+}
+
+/// Has the volume attached; the path of its device.
+pub fn attach(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<String> {
+    let request = Request::Attach { volume: entry.name.clone() };
+    match ask_or_start(registry, entry, accept_loss, &request)? {
+        Reply::Device(path) => Ok(path),
+        other => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the server gave an answer that does not fit: {other:?}"),
+        )),
+    }
+}
+
+/// Asks the server, which is started if there is none. A server that ends while it is asked is asked, or started, again.
+pub fn ask_or_start(
+    registry: &Registry,
+    entry: &Entry,
+    accept_loss: bool,
+    request: &Request,
+) -> Result<Reply> {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    let mut child: Option<Child> = None;
+    let mut give_up = Instant::now() + RETRY;
+    let mut noted = false;
+    let begun = Instant::now();
+    loop {
+        if let Some(client) = Client::connect(&dir) {
+            match client.ask_unless_gone(request.clone()) {
+                Some(outcome) => return outcome,
+                None if Instant::now() >= give_up => return client.ask(request.clone()),
+                None => {}
+            }
+        } else if let Some(started) = &mut child {
+            let ended = started.try_wait().map_err(|e| Error::io("cannot watch the supervisor", e))?;
+            if let Some(status) = ended {
+                if status.code() != Some(i32::from(server::supervise::ALREADY)) {
+                    return Err(start_failure(&dir));
+                }
+                child = None;
+            } else {
+                // It is at work: opening a stage after a crash may take its time.
+                give_up = Instant::now() + RETRY;
+            }
+        } else if dir.is_supervised() {
+            give_up = Instant::now() + RETRY;
+        } else if Instant::now() >= give_up {
+            return Err(start_failure(&dir));
+        } else {
+            child = Some(spawn_supervisor(registry, entry, accept_loss)?);
+        }
+        if !noted && begun.elapsed() > Duration::from_secs(2) {
+            report::note(format!("waiting for the server of '{}' to open its stage…", entry.name));
+            noted = true;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+fn start_failure(dir: &StageDir) -> Error {
+    match dir.start_error() {
+        Ok(Some(e)) | Err(e) => e,
+        Ok(None) => Error::new(
+            ErrorKind::Io,
+            format!("the server ended before it answered; its log is {}", dir.log_path().display()),
+        ),
+    }
+}
+
+fn spawn_supervisor(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<Child> {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    dir.make()?;
+    let log = server::open_log(&dir)?;
+    let err = log.try_clone().map_err(|e| Error::io("cannot share the server's log", e))?;
+    let mut command = Command::new(crate::paths::own_executable());
+    command
+        .arg0("tidegate")
+        .arg("--state-dir")
+        .arg(registry.dir())
+        .arg("supervise")
+        .arg(entry.stage_uuid.to_string());
+    if accept_loss {
+        command.arg("--accept-loss");
+    }
+    command
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(err)
+        .spawn()
+        .map_err(|e| Error::io("cannot start the supervisor", e))
+}

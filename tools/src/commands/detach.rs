@@ -1,0 +1,93 @@
+//! `detach`: ends the device, flushes the stage.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tidegate_driver::base::{Error, ErrorKind, Result};
+
+use super::attach;
+use crate::cli::Detach;
+use crate::client::Client;
+use crate::protocol::{Reply, Request};
+use crate::registry::{Entry, Registry, StageDir};
+use crate::report::{self, Progress};
+use crate::size::human;
+
+/// How long the end of a server that has answered is waited for.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
+/// `detach`.
+pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
+    let entry = registry.get(&args.name)?;
+    let dir = registry.stage_dir(entry.stage_uuid);
+    let request = Request::Detach { volume: entry.name.clone(), flush: !args.no_flush };
+    if Client::connect(&dir).is_none() && !has_device(registry, &entry)? {
+        return Err(not_attached(&entry.name));
+    }
+    let done = AtomicBool::new(false);
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| show_progress(registry, &entry, &done));
+        // A device whose server died is ended by a new one, which knows what is still to be flushed.
+        let outcome = attach::ask_or_start(registry, &entry, false, &request);
+        done.store(true, Ordering::Release);
+        outcome
+    });
+    match outcome? {
+        Reply::Done => {}
+        other => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the server gave an answer that does not fit: {other:?}"),
+            ));
+        }
+    }
+    wait_for_end(&dir)?;
+    report::note(format!("detached '{}'", args.name));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The last detach ends the server. Devices and files are free for others only when its process is gone.
+fn wait_for_end(dir: &StageDir) -> Result<()> {
+    let deadline = Instant::now() + END_PATIENCE;
+    while Instant::now() < deadline {
+        let Some(runtime) = dir.runtime()?.filter(|r| r.ended) else { break };
+        if !Path::new("/proc").join(runtime.server_pid.to_string()).exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Error for a volume without a device.
+pub fn not_attached(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("volume '{name}' is not attached: nothing to detach"))
+}
+
+/// Whether a device of the volume waits for a server.
+fn has_device(registry: &Registry, entry: &Entry) -> Result<bool> {
+    let runtime = registry.stage_dir(entry.stage_uuid).runtime()?;
+    Ok(runtime.is_some_and(|r| r.devices.iter().any(|d| d.volume_uuid == entry.volume_uuid)))
+}
+
+fn show_progress(registry: &Registry, entry: &Entry, done: &AtomicBool) {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    let mut progress = Progress::new();
+    let mut rounds = 0;
+    while !done.load(Ordering::Acquire) {
+        std::thread::sleep(Duration::from_millis(50));
+        rounds += 1;
+        if rounds % 10 == 0
+            && progress.is_visible()
+            && let Some(status) = Client::connect(&dir).and_then(|c| c.status().ok())
+        {
+            progress.show(&format!(
+                "flushing '{}': {} in the stage",
+                entry.name,
+                human(status.stage.used_bytes)
+            ));
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! `status`: what is there, attached or not, served or not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Serialize;
+use tidegate_driver::base::{Error, Result};
+use tidegate_driver::format::superblock::Superblock;
+use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
+use tidegate_driver::io::FileDisk;
+use tidegate_driver::volume::status::{Health, RecoveryReport, StageStatus};
+use uuid::Uuid;
+
+use crate::cli::Status;
+use crate::client::Client;
+use crate::protocol::ServerStatus;
+use crate::registry::{Entry, Registry, Runtime};
+use crate::size::human;
+use crate::{engine, report};
+
+const WATCH: Duration = Duration::from_secs(1);
+
+/// Everything: the JSON output, whose keys are stable.
+#[derive(Debug, Default, Serialize)]
+struct Listing {
+    volumes: Vec<Volume>,
+    stages: Vec<Stage>,
+    /// Entries that cannot be read.
+    problems: Vec<String>,
+}
+
+/// Where a volume is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    /// Its device is live.
+    Attached,
+    /// It has no device.
+    Detached,
+    /// Its server is starting: the device, if any, waits.
+    Recovering,
+    /// Its device waits for a server after an orderly end.
+    Waiting,
+    /// Its device waits for a server after a crash.
+    ServerDied,
+    /// Its stage cannot be read.
+    Error,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            State::Attached => "attached",
+            State::Detached => "detached",
+            State::Recovering => "recovering",
+            State::Waiting => "waiting",
+            State::ServerDied => "server-died",
+            State::Error => "error",
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Volume {
+    name: String,
+    uuid: Uuid,
+    state: State,
+    device: Option<String>,
+    device_id: Option<u32>,
+    /// Process id of the server.
+    pid: Option<u32>,
+    /// The device came through the death of a server since the last attach.
+    recovered: bool,
+    size_bytes: Option<u64>,
+    block_bytes: Option<u32>,
+    ack: Option<AckLevel>,
+    on_log_error: Option<OnLogError>,
+    stage: String,
+    stage_uuid: Uuid,
+    backing: String,
+    problem: Option<String>,
+    reads: u64,
+    writes: u64,
+    discards: u64,
+    flushes: u64,
+    read_bytes: u64,
+    write_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Stage {
+    uuid: Uuid,
+    path: String,
+    pid: Option<u32>,
+    supervisor_pid: Option<u32>,
+    log_file: String,
+    problem: Option<String>,
+    /// State of the running server, `null` without one.
+    status: Option<StageStatus>,
+    /// What opening the stage found.
+    recovery: Option<RecoveryReport>,
+}
+
+/// What is known of a stage.
+struct Known {
+    server: Option<ServerStatus>,
+    runtime: Option<Runtime>,
+    supervised: bool,
+    superblock: std::result::Result<Superblock, Error>,
+}
+
+/// `status`.
+pub fn run(registry: &Registry, args: &Status) -> Result<ExitCode> {
+    loop {
+        let listing = list(registry, args.name.as_deref())?;
+        if args.json {
+            report::json(&listing)?;
+        } else {
+            let clear = if args.watch { "\x1b[H\x1b[2J" } else { "" };
+            report::print(&format!("{clear}{}", render(&listing, args.name.is_some())))?;
+        }
+        if !args.watch {
+            return Ok(ExitCode::SUCCESS);
+        }
+        std::thread::sleep(WATCH);
+    }
+}
+
+fn list(registry: &Registry, name: Option<&str>) -> Result<Listing> {
+    let mut listing = Listing::default();
+    let entries = match name {
+        Some(name) => vec![registry.get(name)?],
+        None => {
+            let (good, bad): (Vec<_>, Vec<_>) = registry.list()?.into_iter().partition(Result::is_ok);
+            listing.problems = bad.into_iter().filter_map(Result::err).map(|e| e.report()).collect();
+            good.into_iter().flatten().collect()
+        }
+    };
+    let uuids: BTreeSet<Uuid> = entries.iter().map(|e| e.stage_uuid).collect();
+    let mut stages = BTreeMap::new();
+    for uuid in uuids {
+        if let Some(entry) = entries.iter().find(|e| e.stage_uuid == uuid) {
+            let known = look_at(registry, entry);
+            listing.stages.push(stage_of(registry, entry, &known));
+            stages.insert(uuid, known);
+        }
+    }
+    listing.volumes =
+        entries.iter().filter_map(|e| stages.get(&e.stage_uuid).map(|known| volume_of(e, known))).collect();
+    Ok(listing)
+}
+
+fn look_at(registry: &Registry, entry: &Entry) -> Known {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    // Whether it is supervised first: a server that has begun to answer meanwhile counts.
+    let supervised = dir.is_supervised();
+    let server = Client::connect(&dir).and_then(|client| client.status().ok());
+    let superblock = FileDisk::open_to_look(&entry.stage)
+        .and_then(|disk| engine::read_superblock(&disk))
+        .and_then(|read| {
+            if read.superblock.stage_uuid == entry.stage_uuid {
+                return Ok(read.superblock);
+            }
+            Err(Error::new(
+                tidegate_driver::base::ErrorKind::WrongDevice,
+                format!(
+                    "{} holds stage {}, not {}: find the right one, attach with --stage",
+                    entry.stage.display(),
+                    read.superblock.stage_uuid,
+                    entry.stage_uuid
+                ),
+            ))
+        });
+    Known { server, runtime: dir.runtime().ok().flatten(), supervised, superblock }
+}
+
+fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
+    let server = known.server.as_ref();
+    let start_error = || registry.stage_dir(entry.stage_uuid).start_error().ok().flatten();
+    let problem = match (&server, &known.superblock) {
+        (Some(server), _) => server.stage.problem.clone(),
+        (None, Err(e)) => Some(e.report()),
+        (None, Ok(_)) => start_error().map(|e| format!("the last start failed: {}", e.report())),
+    };
+    Stage {
+        uuid: entry.stage_uuid,
+        path: entry.stage.display().to_string(),
+        pid: server.map(|s| s.pid),
+        supervisor_pid: server.and_then(|s| s.supervisor_pid),
+        log_file: registry.stage_dir(entry.stage_uuid).log_path().display().to_string(),
+        problem,
+        status: server.map(|s| s.stage.clone()),
+        recovery: server.map(|s| s.recovery.clone()),
+    }
+}
+
+fn volume_of(entry: &Entry, known: &Known) -> Volume {
+    let server = known.server.as_ref();
+    let device = server.and_then(|s| s.devices.iter().find(|d| d.volume == entry.name));
+    let left = known.runtime.as_ref().filter(|_| server.is_none()).and_then(|r| {
+        r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id))
+    });
+    let state = match (server, device, left) {
+        (Some(_), Some(_), _) => State::Attached,
+        (Some(_), None, _) => State::Detached,
+        (None, _, _) if known.supervised => State::Recovering,
+        (None, _, Some((true, _))) => State::Waiting,
+        (None, _, Some((false, _))) => State::ServerDied,
+        (None, _, None) if known.superblock.is_err() => State::Error,
+        (None, _, None) => State::Detached,
+    };
+    let counters = server.and_then(|s| s.stage.volumes.iter().find(|v| v.name == entry.name));
+    let superblock = known.superblock.as_ref().ok();
+    let info = superblock.and_then(|s| s.volumes.iter().find(|v| v.uuid == entry.volume_uuid));
+    let missing = (superblock.is_some() && info.is_none()).then(|| {
+        format!("the stage does not list it: `tidegate delete --force {}` forgets the name", entry.name)
+    });
+    let unread = known.superblock.as_ref().err().filter(|_| server.is_none()).map(Error::report);
+    let device_id = device.map(|d| d.device_id).or(left.map(|(_, id)| id));
+    Volume {
+        name: entry.name.clone(),
+        uuid: entry.volume_uuid,
+        state,
+        device: device_id.map(|id| tidegate_ublk::info::block_path(id).display().to_string()),
+        device_id,
+        pid: server.map(|s| s.pid),
+        recovered: device.is_some_and(|d| d.recovered),
+        size_bytes: counters.map(|v| v.size_bytes).or(info.map(|i| i.size_bytes)),
+        block_bytes: info.map(|i| i.block_bytes),
+        ack: info.map(|i| i.ack),
+        on_log_error: info.map(|i| i.on_log_error),
+        stage: entry.stage.display().to_string(),
+        stage_uuid: entry.stage_uuid,
+        backing: entry.backing.display().to_string(),
+        problem: counters.and_then(|v| v.problem.clone()).or(missing).or(unread),
+        reads: counters.map_or(0, |v| v.reads),
+        writes: counters.map_or(0, |v| v.writes),
+        discards: counters.map_or(0, |v| v.discards),
+        flushes: counters.map_or(0, |v| v.flushes),
+        read_bytes: counters.map_or(0, |v| v.read_bytes),
+        write_bytes: counters.map_or(0, |v| v.write_bytes),
+    }
+}
+
+fn render(listing: &Listing, detail: bool) -> String {
+    if listing.volumes.is_empty() && listing.problems.is_empty() {
+        return "no volumes; `tidegate create --help` shows how to make one\n".into();
+    }
+    let head = ["NAME", "STATE", "DEVICE", "SIZE", "ACK", "STAGED", "HEALTH", "BACKING"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for v in &listing.volumes {
+        let stage = listing.stages.iter().find(|s| s.uuid == v.stage_uuid);
+        let status = stage.and_then(|s| s.status.as_ref());
+        let dash = || "-".to_owned();
+        rows.push(vec![
+            v.name.clone(),
+            v.state.name().into(),
+            v.device.clone().unwrap_or_else(dash),
+            v.size_bytes.map_or_else(dash, human),
+            v.ack.map_or_else(dash, |a| format!("{a:?}").to_lowercase()),
+            status.map_or_else(dash, |s| human(s.used_bytes)),
+            status.map_or_else(dash, |s| health(s.health).into()),
+            v.backing.clone(),
+        ]);
+    }
+    let mut text = report::table(&rows);
+    for v in &listing.volumes {
+        if let Some(problem) = &v.problem {
+            let _ = writeln!(text, "! {}: {problem}", v.name);
+        }
+        if matches!(v.state, State::Waiting | State::ServerDied) {
+            let _ =
+                writeln!(text, "! {}: clients wait; `tidegate attach {}` serves them again", v.name, v.name);
+        }
+    }
+    for stage in &listing.stages {
+        if let Some(problem) = &stage.problem {
+            let _ = writeln!(text, "! stage {}: {problem}", stage.path);
+        }
+    }
+    for problem in &listing.problems {
+        let _ = writeln!(text, "! {problem}");
+    }
+    if detail {
+        details(listing, &mut text);
+    }
+    text
+}
+
+fn health(health: Health) -> &'static str {
+    match health {
+        Health::Damaged => "damaged",
+        Health::LogError => "log-error",
+        Health::Degraded => "degraded",
+        Health::Ok => "ok",
+    }
+}
+
+fn details(listing: &Listing, text: &mut String) {
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    let mut row = |key: &str, value: String| rows.push(vec![format!("  {key}"), value]);
+    for v in &listing.volumes {
+        row("uuid", v.uuid.to_string());
+        row("block size", v.block_bytes.map_or("-".into(), |b| b.to_string()));
+        row("reads", format!("{} ({})", v.reads, human(v.read_bytes)));
+        row("writes", format!("{} ({})", v.writes, human(v.write_bytes)));
+        row("discards", v.discards.to_string());
+        row("flushes", v.flushes.to_string());
+    }
+    for s in &listing.stages {
+        row("stage", s.path.clone());
+        row("stage uuid", s.uuid.to_string());
+        row("log file", s.log_file.clone());
+        if let Some(status) = &s.status {
+            row("server", s.pid.map_or("-".into(), |pid| format!("process {pid}")));
+            row("stage used", format!("{} of {}", human(status.used_bytes), human(status.stage_bytes)));
+            row(
+                "position",
+                format!(
+                    "accepted {}, durable {}, on the backing {}",
+                    status.claimed_lsn, status.durable_lsn, status.checkpoint_lsn
+                ),
+            );
+            row("waits for space", format!("{} ({} now)", status.stage_full_waits, status.waiting));
+            row("device errors", format!("{} log, {} backing", status.log_errors, status.backing_errors));
+        }
+        for note in s.recovery.iter().flat_map(|r| &r.notes) {
+            row("recovery", note.clone());
+        }
+    }
+    text.push('\n');
+    text.push_str(&report::table(&rows));
+}

@@ -1,0 +1,85 @@
+//! The one place where the command and the server meet the engine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tidegate_driver::base::limits::REGION_BYTES_DEFAULT;
+use tidegate_driver::base::{Result, VolumeId};
+use tidegate_driver::format::geometry::PATCH_BYTES_DEFAULT;
+use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
+use tidegate_driver::io::uring::Reactor;
+use tidegate_driver::io::{Disk, FileDisk};
+use tidegate_driver::volume::{VolumeDoor, Wake};
+use tidegate_ublk::{DeviceConfig, DoorFactory};
+use uuid::Uuid;
+
+pub use crate::stub::{Problem, check, inspect};
+pub use tidegate_driver::volume::admin::{
+    NewVolume, StageOptions, add_volume, create_stage, read_superblock, remove_volume,
+};
+pub use tidegate_driver::volume::{Engine, EngineConfig};
+
+/// Sizes of a stage in a file that is still to be made.
+pub const STAGE_OPTIONS: StageOptions =
+    StageOptions { region_bytes: REGION_BYTES_DEFAULT, patch_bytes: PATCH_BYTES_DEFAULT, block_bytes: 4096 };
+
+/// Where arenas live: memory with a name, which outlives the process.
+pub fn arena_dir() -> PathBuf {
+    std::env::var_os("TIDEGATE_ARENA_DIR").map_or_else(|| PathBuf::from("/dev/shm/tidegate"), PathBuf::from)
+}
+
+/// Opens the engine of a stage.
+pub fn open(
+    stage: Arc<FileDisk>,
+    backings: Vec<(VolumeId, Arc<FileDisk>)>,
+    accept_loss: bool,
+) -> Result<Arc<Engine>> {
+    Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss })
+}
+
+/// How clients see the device of a volume.
+pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -> DeviceConfig {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    DeviceConfig {
+        size_bytes: volume.size_bytes,
+        logical_block_bytes: volume.block_bytes,
+        physical_block_bytes: backing.preferred_block_bytes().max(volume.block_bytes),
+        queues: u16::try_from(cpus.min(QUEUES_MAX)).unwrap_or(1),
+        // One record holds a request; the kernel wants whole 64 KiB.
+        max_io_bytes: (engine.request_bytes_max() & !0xffff).max(0x1_0000),
+        volatile_cache: volume.ack != AckLevel::Log,
+        identity: identity_of(volume.uuid),
+        ..DeviceConfig::default()
+    }
+}
+
+/// More queues than this do not help one log.
+const QUEUES_MAX: usize = 4;
+
+/// What marks a ublk device as that of a volume. Never zero.
+pub fn identity_of(volume: Uuid) -> u64 {
+    let (high, low) = volume.as_u64_pair();
+    (high ^ low).max(1)
+}
+
+/// Makes the doors of a volume, one on each queue thread of its device.
+pub struct Doors {
+    /// The engine.
+    pub engine: Arc<Engine>,
+    /// The volume.
+    pub volume: VolumeId,
+}
+
+impl DoorFactory for Doors {
+    type Door = VolumeDoor;
+
+    fn open(&self, _queue: u16, waker: Arc<dyn Wake>, reactor: &mut Reactor) -> Result<VolumeDoor> {
+        self.engine.door(self.volume, waker, reactor)
+    }
+}
+
+/// A problem that `check` found, on one line.
+pub fn describe(problem: &Problem) -> String {
+    let at = problem.offset.map(|o| format!(" at byte {o}")).unwrap_or_default();
+    format!("{}{at}: {}; {}", problem.device, problem.what, problem.advice)
+}

@@ -1,0 +1,145 @@
+//! The server's ear: the control socket and the signals.
+
+use std::io::BufReader;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use tidegate_driver::base::{Error, Result};
+
+use super::Server;
+use crate::engine::NewVolume;
+use crate::protocol::{self, Reply, Request, answer_of};
+use crate::signals::Signals;
+
+/// Commands that are served at the same time; further ones are turned away.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a command may take to say what it wants.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
+/// A server without a device ends after this: whoever started it did not come back.
+const IDLE: Duration = Duration::from_secs(30);
+const IDLE_LOOK_MS: u16 = 5000;
+
+/// Serves until the last detach, a shutdown request, SIGTERM or SIGINT.
+pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> Result<ExitCode> {
+    let fail = |what: &str, e: std::io::Error| Error::io(format!("cannot {what} the control socket"), e);
+    listener.set_nonblocking(true).map_err(|e| fail("set up", e))?;
+    let (end, ended) = UnixStream::pair().map_err(|e| fail("set up", e))?;
+    let end = Arc::new(end);
+    let connections = Arc::new(AtomicUsize::new(0));
+    tracing::info!("serving, process {}", std::process::id());
+    let mut idle_since = Instant::now();
+    loop {
+        let mut fds = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ended.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::from(IDLE_LOOK_MS)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(e) => return Err(fail("watch", e.into())),
+        }
+        let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+        let (signalled, finished, called) = (is_ready(&fds[0]), is_ready(&fds[1]), is_ready(&fds[2]));
+        while let (true, Some(signal)) = (signalled, signals.next()) {
+            match signal {
+                Signal::SIGHUP => tracing::info!("SIGHUP ignored"),
+                other => {
+                    tracing::info!("{other}: ending");
+                    server.terminate();
+                    return Ok(ExitCode::SUCCESS);
+                }
+            }
+        }
+        if finished {
+            tracing::info!("ended in order");
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !server.is_idle() {
+            idle_since = Instant::now();
+        } else if idle_since.elapsed() > IDLE && server.end_if_idle() {
+            tracing::info!("nothing to serve: ended");
+            return Ok(ExitCode::SUCCESS);
+        }
+        if called && let Ok((stream, _)) = listener.accept() {
+            answer_in_thread(server, stream, &end, &connections);
+        }
+    }
+}
+
+fn answer_in_thread(
+    server: &Arc<Server>,
+    stream: UnixStream,
+    end: &Arc<UnixStream>,
+    connections: &Arc<AtomicUsize>,
+) {
+    if connections.load(Ordering::Acquire) >= CONNECTIONS_MAX {
+        tracing::warn!("too many commands at once: one turned away");
+        return;
+    }
+    connections.fetch_add(1, Ordering::AcqRel);
+    let (server, end, count) = (Arc::clone(server), Arc::clone(end), Arc::clone(connections));
+    let spawned = std::thread::Builder::new().name("control".into()).spawn(move || {
+        if let Err(e) = answer(&server, stream, &end) {
+            tracing::debug!("a command went away: {e}");
+        }
+        count.fetch_sub(1, Ordering::AcqRel);
+    });
+    if let Err(e) = spawned {
+        connections.fetch_sub(1, Ordering::AcqRel);
+        tracing::warn!("cannot start a thread for a command: {e}");
+    }
+}
+
+/// Answers one request. A server that is ending hangs up, which tells the command to start another.
+fn answer(server: &Server, stream: UnixStream, end: &UnixStream) -> std::io::Result<()> {
+    // Accepted sockets do not inherit the listener's mode.
+    stream.set_read_timeout(Some(REQUEST_PATIENCE))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let Some(line) = protocol::receive(&mut reader)? else { return Ok(()) };
+    let request = match protocol::parse_request(&line) {
+        Ok(request) => request,
+        Err(e) => return protocol::send(&mut &stream, &answer_of(Err(e))),
+    };
+    if server.is_ending() && request != Request::Status {
+        return Ok(());
+    }
+    let ends = matches!(request, Request::Attach { .. } | Request::Detach { .. } | Request::Shutdown);
+    let outcome = carry_out(server, request);
+    // Without a device there is nothing to serve: after the last detach, after a first attach that failed.
+    let ended = ends && server.end_if_idle();
+    if Server::came_too_late(&outcome) {
+        return Ok(());
+    }
+    let sent = protocol::send(&mut &stream, &answer_of(outcome));
+    if ended {
+        use std::io::Write;
+        (&*end).write_all(&[1])?;
+    }
+    sent
+}
+
+fn carry_out(server: &Server, request: Request) -> Result<Reply> {
+    match request {
+        Request::Status => Ok(Reply::Status(Box::new(server.status()))),
+        Request::Attach { volume } => server.attach(&volume).map(Reply::Device),
+        Request::Detach { volume, flush } => server.detach(&volume, flush).map(|()| Reply::Done),
+        Request::AddVolume { name, backing, size_bytes, block_bytes, ack, on_log_error } => {
+            let new = NewVolume { name, size_bytes, block_bytes, ack, on_log_error, backing };
+            server.add_volume(new).map(Reply::Volume)
+        }
+        Request::RemoveVolume { volume } => server.remove_volume(&volume).map(|()| Reply::Done),
+        Request::Resize { volume, size_bytes } => server.resize(&volume, size_bytes).map(|()| Reply::Done),
+        Request::Flush => server.flush().map(|()| Reply::Done),
+        Request::Shutdown => {
+            server.terminate();
+            Ok(Reply::Done)
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The process that serves a stage.
+//!
+//! ```text
+//! attach ─> supervise ─> serve:  open stage, recover devices that wait, listen
+//!                                 attach/detach/… on the socket, one at a time
+//!                                 last detach: flush, close, end
+//! ```
+//!
+//! A server that is killed leaves its devices waiting and its arena in memory; the next one, started by the supervisor or by
+//! `attach`, takes both over. SIGTERM and SIGINT end it in order: devices that nobody uses are ended; others are left
+//! waiting after everything accepted was brought to the backings. SIGHUP is ignored.
+
+mod control;
+mod devices;
+mod namespace;
+mod state;
+pub mod supervise;
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tidegate_driver::base::{Error, ErrorKind, Result};
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::Serve;
+use crate::commands::attach::print_device;
+use crate::registry::{Entry, Registry, StageDir};
+use crate::signals::Signals;
+
+pub use state::Server;
+
+/// Largest log file kept; one older one is kept beside it.
+const LOG_BYTES_MAX: u64 = 16 << 20;
+
+/// Opens the server's log for appending, moving an old large one aside.
+pub fn open_log(dir: &StageDir) -> Result<File> {
+    let path = dir.log_path();
+    if std::fs::metadata(&path).is_ok_and(|m| m.len() > LOG_BYTES_MAX) {
+        let _ = std::fs::rename(&path, path.with_extension("log.1"));
+    }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))
+}
+
+/// Sends events to standard error, which is the log file of a server in the background.
+pub fn start_logging() {
+    let filter = EnvFilter::try_from_env("TIDEGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // Fails if it was started before, which is fine.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .try_init();
+}
+
+/// `serve`: started by the supervisor.
+pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
+    let signals = Signals::block()?;
+    start_logging();
+    let dir = registry.stage_dir(args.stage.stage);
+    let started = (|| {
+        namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
+        let mut server = Server::open(registry, args.stage.stage, args.stage.accept_loss)?;
+        server.set_supervisor(args.supervisor);
+        let server = Arc::new(server);
+        server.recover_devices();
+        let listener = crate::client::listen(&dir)?;
+        Ok((server, listener))
+    })();
+    match started {
+        Ok((server, listener)) => {
+            server.note_runtime();
+            dir.put_start_error(None)?;
+            control::run(&server, &listener, &signals)
+        }
+        Err(e) => {
+            let e: Error = e;
+            tracing::error!("cannot start: {}", e.report());
+            dir.put_start_error(Some(&e))?;
+            Err(e)
+        }
+    }
+}
+
+/// Serves in this process until SIGTERM, SIGINT or the last detach.
+pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: bool) -> Result<ExitCode> {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    let Some(_lock) = dir.try_lock()? else {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "the stage of volume '{}' has a server already: `tidegate attach {}` without --foreground uses it",
+                entry.name, entry.name
+            ),
+        ));
+    };
+    let signals = Signals::block()?;
+    start_logging();
+    namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
+    let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
+    server.recover_devices();
+    let listener = crate::client::listen(&dir)?;
+    server.note_runtime();
+    let device = match server.attach(&entry.name) {
+        Ok(device) => device,
+        Err(e) => {
+            server.terminate();
+            return Err(e);
+        }
+    };
+    print_device(entry, &device, json)?;
+    tell_systemd("READY=1");
+    control::run(&server, &listener, &signals)
+}
+
+/// Tells systemd, if it started this process and wants to know.
+fn tell_systemd(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(state.as_bytes(), path));
+    if let Err(e) = sent {
+        tracing::warn!("cannot notify systemd: {e}");
+    }
+}

@@ -1,0 +1,279 @@
+//! The server's state: the engine, the backings, the devices.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
+use tidegate_driver::format::superblock::Superblock;
+use tidegate_driver::format::volume_entry::VolumeInfo;
+use tidegate_driver::io::file::overlap;
+use tidegate_driver::io::{Disk, FileDisk};
+use uuid::Uuid;
+
+use super::devices::Attached;
+use super::namespace::open_exclusive;
+use crate::engine::{self, Engine, NewVolume};
+use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id};
+
+/// A stage with its engine open, in this process.
+///
+/// Locks, in this order: `operations` (held through attach, detach and the like, which so happen one at a time), then
+/// `attached` or `backings` (held for moments; `status` needs only these).
+pub struct Server {
+    registry: Registry,
+    pub(super) dir: StageDir,
+    pub(super) engine: Arc<Engine>,
+    pub(super) stage: Arc<FileDisk>,
+    supervisor: Option<u32>,
+    pub(super) operations: Mutex<()>,
+    pub(super) attached: Mutex<BTreeMap<String, Attached>>,
+    backings: Mutex<BTreeMap<VolumeId, Arc<FileDisk>>>,
+    /// Nothing more is accepted.
+    ending: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// What operations fail with once the server is ending; not told to commands, which look for another server instead.
+const ENDING: &str = "the server is ending";
+
+impl Server {
+    /// Opens the stage `uuid` where the registry says it is.
+    pub fn open(registry: &Registry, uuid: Uuid, accept_loss: bool) -> Result<Server> {
+        let entries: Vec<Entry> = registry.entries()?.into_iter().filter(|e| e.stage_uuid == uuid).collect();
+        let Some(entry) = entries.first() else {
+            return Err(Error::new(ErrorKind::NotFound, format!("no volume is on stage {uuid}")));
+        };
+        let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
+        let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
+        if superblock.stage_uuid != uuid {
+            return Err(Error::new(
+                ErrorKind::WrongDevice,
+                format!(
+                    "{} holds stage {}, expected {uuid}: the device was replaced or its name has changed; name the right one \
+                     with attach --stage",
+                    entry.stage.display(),
+                    superblock.stage_uuid
+                ),
+            ));
+        }
+        let (backings, missing) = open_backings(&superblock, &entries, &stage)?;
+        let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
+        let engine = engine::open(Arc::clone(&stage), list, accept_loss)
+            .map_err(|e| explain(e, &superblock, &missing))?;
+        let server = Server {
+            registry: registry.clone(),
+            dir: registry.stage_dir(uuid),
+            engine,
+            stage,
+            supervisor: None,
+            operations: Mutex::new(()),
+            attached: Mutex::default(),
+            backings: backings.into(),
+            ending: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        };
+        server.dir.make()?;
+        Ok(server)
+    }
+
+    /// Remembers who restarts this process.
+    pub fn set_supervisor(&mut self, pid: Option<u32>) {
+        self.supervisor = pid;
+    }
+
+    /// Process id of the supervisor.
+    pub fn supervisor(&self) -> Option<u32> {
+        self.supervisor
+    }
+
+    /// Whether nothing more is accepted.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
+    /// From now on nothing is accepted.
+    pub(super) fn begin_end(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    /// The volume `name`.
+    pub fn volume(&self, name: &str) -> Result<VolumeInfo> {
+        self.engine.volumes().into_iter().find(|v| v.name == name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("stage {} has no volume '{name}'", self.stage.name()))
+        })
+    }
+
+    /// The open backing of a volume. One that could not be opened with the stage is tried again.
+    pub(super) fn backing(&self, volume: &VolumeInfo) -> Result<Arc<FileDisk>> {
+        if let Some(disk) = self.backings.lock().get(&volume.id) {
+            return Ok(Arc::clone(disk));
+        }
+        let entry = self.registry.entries()?.into_iter().find(|e| e.volume_uuid == volume.uuid);
+        let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing);
+        let disk = Arc::new(open_backing(&path, &self.stage).map_err(|e| e.within("backing"))?);
+        self.engine.add_backing(volume.id, Arc::clone(&disk))?;
+        self.backings.lock().insert(volume.id, Arc::clone(&disk));
+        Ok(disk)
+    }
+
+    /// Begins an operation: one at a time, none once the server is ending.
+    pub(super) fn begin(&self) -> Result<MutexGuard<'_, ()>> {
+        let guard = self.operations.lock();
+        if self.is_ending() { Err(Error::new(ErrorKind::Busy, ENDING)) } else { Ok(guard) }
+    }
+
+    /// Whether an operation failed only because the server is ending.
+    pub fn came_too_late<T>(outcome: &Result<T>) -> bool {
+        outcome.as_ref().is_err_and(|e| e.report() == ENDING)
+    }
+
+    fn free(&self, name: &str) -> Result<()> {
+        match self.attached.lock().get(name) {
+            None => Ok(()),
+            Some(device) => Err(Error::new(
+                ErrorKind::Busy,
+                format!("volume '{name}' is attached as {}: detach it first", device.path.display()),
+            )),
+        }
+    }
+
+    /// Adds a volume with the backing at `path`.
+    pub fn add_volume(&self, new: NewVolume) -> Result<Uuid> {
+        let _one = self.begin()?;
+        let disk =
+            Arc::new(open_backing(Path::new(&new.backing), &self.stage).map_err(|e| e.within("backing"))?);
+        let info = self.engine.add_volume(Arc::clone(&disk), new)?;
+        self.backings.lock().insert(info.id, disk);
+        Ok(info.uuid)
+    }
+
+    /// Removes a volume that is not attached, after bringing everything to the backings.
+    pub fn remove_volume(&self, name: &str) -> Result<()> {
+        let _one = self.begin()?;
+        self.free(name)?;
+        let volume = self.volume(name)?;
+        self.backing(&volume)?;
+        self.engine.remove_volume(volume.id)?;
+        self.backings.lock().remove(&volume.id);
+        Ok(())
+    }
+
+    /// Makes a volume larger, attached or not.
+    pub fn resize(&self, name: &str, bytes: u64) -> Result<()> {
+        let _one = self.begin()?;
+        let volume = self.volume(name)?;
+        // The engine changes only what it has the backing of.
+        self.backing(&volume)?;
+        let device = self.attached.lock().get(name).map(|a| Arc::clone(&a.device));
+        if device.as_ref().is_some_and(|d| !super::devices::can_resize(&d.lock())) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "this kernel cannot resize a live device (Linux 6.16 can): detach, resize, attach",
+            ));
+        }
+        self.engine.resize_volume(volume.id, bytes)?;
+        device.map_or(Ok(()), |d| d.lock().resize(bytes))
+    }
+
+    /// Brings everything that was accepted to the backings.
+    pub fn flush(&self) -> Result<()> {
+        // Beside other operations: it may take long and changes nothing that they look at.
+        self.engine.drain()
+    }
+
+    /// Closes the engine, once; if it cannot flush, what is staged stays in the stage.
+    pub fn close(&self, flush: bool) -> Result<()> {
+        self.begin_end();
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.engine.close(flush).or_else(|e| {
+            if flush {
+                self.engine.close(false)?;
+            }
+            Err(Error::new(
+                e.kind(),
+                format!("not everything could be flushed, the rest stays in the stage: {}", e.report()),
+            ))
+        })
+    }
+
+    /// Notes for others what this server does. That it cannot be noted is no reason to stop serving.
+    pub fn note_runtime(&self) {
+        let volumes = self.engine.volumes();
+        let devices = self
+            .attached
+            .lock()
+            .iter()
+            .filter_map(|(name, attached)| {
+                let volume = volumes.iter().find(|v| v.name == *name)?;
+                Some(RuntimeDevice {
+                    volume: name.clone(),
+                    volume_uuid: volume.uuid,
+                    device_id: attached.device_id,
+                })
+            })
+            .collect();
+        let runtime = Runtime {
+            boot_id: boot_id(),
+            server_pid: std::process::id(),
+            supervisor_pid: self.supervisor,
+            ended: self.is_ending(),
+            devices,
+        };
+        if let Err(e) = self.dir.put_runtime(&runtime) {
+            tracing::warn!("{}", e.report());
+        }
+    }
+}
+
+type Backings = (BTreeMap<VolumeId, Arc<FileDisk>>, BTreeMap<VolumeId, Error>);
+
+/// Opens the backings of all volumes, where the registry or else the superblock says they are.
+fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Result<Backings> {
+    let mut backings: BTreeMap<VolumeId, Arc<FileDisk>> = BTreeMap::new();
+    let mut missing = BTreeMap::new();
+    for volume in &superblock.volumes {
+        let entry = entries.iter().find(|e| e.volume_uuid == volume.uuid);
+        let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing.clone());
+        match open_backing(&path, stage) {
+            Ok(disk) => {
+                backings.insert(volume.id, Arc::new(disk));
+            }
+            Err(e) if e.kind() == ErrorKind::WrongDevice => return Err(e),
+            Err(e) => {
+                tracing::warn!("backing of volume '{}': {}", volume.name, e.report());
+                missing.insert(volume.id, e);
+            }
+        }
+    }
+    Ok((backings, missing))
+}
+
+/// The engine's error, with the backings that could not be opened, which may be its cause.
+fn explain(e: Error, superblock: &Superblock, missing: &BTreeMap<VolumeId, Error>) -> Error {
+    let reasons: Vec<String> = superblock
+        .volumes
+        .iter()
+        .filter_map(|v| {
+            missing.get(&v.id).map(|why| format!("backing of volume '{}': {}", v.name, why.report()))
+        })
+        .collect();
+    if reasons.is_empty() {
+        e
+    } else {
+        Error::new(e.kind(), format!("{}; {}", e.report(), reasons.join("; ")))
+    }
+}
+
+fn open_backing(path: &Path, stage: &FileDisk) -> Result<FileDisk> {
+    let disk = open_exclusive(path)?;
+    if overlap(disk.identity(), stage.identity()) {
+        let what = format!("{} is the stage: name the right backing with attach --backing", path.display());
+        return Err(Error::new(ErrorKind::WrongDevice, what));
+    }
+    Ok(disk)
+}
