@@ -6,6 +6,8 @@
 pub mod buffer;
 pub mod disk;
 pub mod file;
+#[cfg(test)]
+pub mod memory_disk;
 pub mod op;
 pub mod probe;
 pub mod uring;

@@ -20,10 +20,14 @@
 pub mod check;
 pub mod inspect;
 pub mod open;
+#[cfg(test)]
+pub mod sample_stage;
 pub mod scan;
 pub mod superblocks;
 
 #[cfg(test)]
 mod tests;
 
+pub use check::{CheckReport, Problem, check};
+pub use inspect::{Structure, inspect, inspect_with};
 pub use open::{ArenaSource, Environment, Opened, open};

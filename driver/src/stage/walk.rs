@@ -30,7 +30,8 @@ pub struct Rules {
 
 impl Rules {
     /// Whether a record of this LSN may have been claimed by the incarnation it names.
-    fn admits(&self, record: &Record) -> bool {
+    #[must_use]
+    pub fn admits(&self, record: &Record) -> bool {
         record.lsn < self.incarnation_lsn || record.incarnation == self.incarnation as u16
     }
 }
