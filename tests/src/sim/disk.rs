@@ -28,6 +28,21 @@ pub struct Faults {
     pub sync: u64,
 }
 
+/// What a crash interrupts, if it comes within a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Whatever there is.
+    Any,
+    /// A write of a group.
+    LogWrite,
+    /// Another write on the stage: patch zone, checkpoint, table.
+    StageWrite,
+    /// A write on a backing.
+    BackingWrite,
+    /// A sync.
+    Sync,
+}
+
 /// What disks and world share.
 #[derive(Debug)]
 pub struct Control {
@@ -37,6 +52,8 @@ pub struct Control {
     pub step: u64,
     /// The step at which everything stops.
     pub crash_at: u64,
+    /// What the server should be doing then.
+    pub crash_while: Moment,
     /// Set by a blocking call that reached that step.
     pub crashed: bool,
     /// Rates now.
@@ -310,7 +327,7 @@ impl SimDisk {
         ctl.step += 1;
         let step = ctl.step;
         ctl.note(what, &[u64::from(self.is_stage), offset, len as u64]);
-        if ctl.crashed || step >= ctl.crash_at {
+        if ctl.crashed || (step >= ctl.crash_at && ctl.crash_while == Moment::Any) {
             ctl.crashed = true;
             return Err(Error::new(ErrorKind::Io, format!("{}: crashed in a {what}", self.name)));
         }

@@ -19,7 +19,7 @@ use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use uuid::Uuid;
 
 use super::client::Habits;
-use super::disk::{Control, Ctl, Faults, SimDisk, lock};
+use super::disk::{Control, Ctl, Faults, Moment, SimDisk, lock};
 use super::model::Model;
 use super::rng::Rng;
 use super::running::{Asked, Running, SimClock, Site, Sometimes, Stop};
@@ -212,6 +212,7 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         rng: Rng::new(options.seed, 10),
         step: 0,
         crash_at: u64::MAX,
+        crash_while: Moment::Any,
         crashed: false,
         faults: Faults::default(),
         faults_injected: 0,
@@ -321,9 +322,16 @@ impl World {
         for life in 0..lives {
             let last = life + 1 == lives;
             let (steps, kind) = self.crash_plan(life, last);
+            let moments = [Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
+            let moment = if self.options.short.is_some() || steps < 300 || self.rng.chance(400) {
+                Moment::Any
+            } else {
+                self.rng.pick(&moments)
+            };
             {
                 let mut ctl = lock(&self.ctl);
-                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) };
+                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) }.min(u64::MAX / 2);
+                ctl.crash_while = moment;
                 ctl.crashed = false;
             }
             let ended = if last { self.last_life() } else { self.life() };
