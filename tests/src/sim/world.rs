@@ -317,17 +317,11 @@ impl World {
     fn story(mut self) -> Result<Report, String> {
         let lives = match self.options.short {
             Some(crash) => 2 + u64::from(crash.again > 0),
-            None => self.rng.range(2, 8),
+            None => self.rng.range(2, 12),
         };
         for life in 0..lives {
             let last = life + 1 == lives;
-            let (steps, kind) = self.crash_plan(life, last);
-            let moments = [Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
-            let moment = if self.options.short.is_some() || steps < 300 || self.rng.chance(400) {
-                Moment::Any
-            } else {
-                self.rng.pick(&moments)
-            };
+            let (steps, kind, moment) = self.crash_plan(life, last);
             {
                 let mut ctl = lock(&self.ctl);
                 ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) }.min(u64::MAX / 2);
@@ -347,23 +341,29 @@ impl World {
         Ok(self.report)
     }
 
-    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind) {
+    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind, Moment) {
         if let Some(crash) = self.options.short {
-            let steps = if life == 0 { crash.step } else { crash.again };
-            return (steps.max(1), crash.kind);
+            // The second crash is the worst kind, whatever the first one was.
+            return if life == 0 {
+                (crash.step.max(1), crash.kind, Moment::Any)
+            } else {
+                (crash.again.max(1), CrashKind::Power, Moment::Any)
+            };
         }
         let kind = match self.rng.below(10) {
             0..=3 => CrashKind::Power,
             4 => CrashKind::KillWithoutArena,
             _ => CrashKind::Kill,
         };
-        let steps = match self.rng.below(6) {
-            0 => self.rng.range(1, 60),
-            1 => self.rng.range(1, 300),
-            2 if !last => u64::MAX,
-            _ => self.rng.range(100, 4000),
-        };
-        (steps, kind)
+        let aims = [Moment::Any, Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
+        let aim = self.rng.pick(&aims);
+        match self.rng.below(8) {
+            0 => (self.rng.range(1, 60), kind, Moment::Any),
+            1 | 2 => (self.rng.range(20, 80), kind, Moment::LogWrite),
+            3 => (self.rng.range(1, 300), kind, aim),
+            4 if !last => (u64::MAX, kind, aim),
+            _ => (self.rng.range(50, 2500), kind, aim),
+        }
     }
 
     // ---- the parts of a life
@@ -379,7 +379,7 @@ impl World {
         let quota = if self.options.short.is_some() {
             self.rng.range(4, 40)
         } else {
-            self.rng.pick(&[20, 200, 1000])
+            self.rng.pick(&[20, 100, 400])
         };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
@@ -400,6 +400,9 @@ impl World {
                 self.draw_faults();
             }
             ticks += 1;
+            if self.options.short.is_none() && self.rng.chance(2) {
+                self.running.as_mut().expect("open").drain();
+            }
             if !self.tick()? && running_is_done(self.running.as_ref()) {
                 break;
             }
