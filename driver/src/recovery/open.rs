@@ -3,8 +3,9 @@
 //! Order, and why:
 //! 1. read superblock, log, patch zone, labels; refuse what does not fit together. Nothing is written until here, so a
 //!    refusal leaves everything as it was;
-//! 2. sync the stage: what was read may sit in the device's volatile cache, written by a process that was killed before
-//!    its sync; from now on it counts as durable;
+//! 2. sync the stage and the backings: what was read may sit in a device's volatile cache, written by a process that was
+//!    killed before its sync; from now on it counts as durable. For a backing that is its newest label: the next one goes
+//!    to the other slot, over the only label that was durable;
 //! 3. write the patch zone's images to the backings, if their epoch is unfinished, and sync them (idempotent);
 //! 4. find or make the arena; append to the log what only the arena holds;
 //! 5. write the superblock: new incarnation, in use. From here on groups of the earlier incarnation that were given up
@@ -106,6 +107,9 @@ pub fn open(
     let found_arena = find_arena(&superblock, arenas, environment)?;
 
     stage.sync()?;
+    for backing in backings.values() {
+        backing.sync()?;
+    }
     report.superblocks_repaired = superblocks::repair(stage, &read)?;
     report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings, &targets)?;
 

@@ -277,6 +277,8 @@ impl Engine {
             .ok_or_else(|| Error::new(ErrorKind::Damaged, "no checkpoint is valid"))?;
         let durable = self.shared.core.lock().durable();
         let label = crate::recovery::open::check_label(&superblock, &info, &*backing, &checkpoint, durable)?;
+        // As in recovery: the label that was read must be durable before the other slot is written.
+        backing.sync()?;
         self.use_backing(&info, label, backing)
     }
 
