@@ -1,1 +1,3 @@
-//! Whole-system tests.
+//! Whole-system tests of Tidegate.
+
+pub mod sim;

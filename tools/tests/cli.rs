@@ -126,7 +126,7 @@ fn what_is_no_device_or_file() {
 #[test]
 fn too_small() {
     let bench = Bench::new();
-    bench.file("tiny", 1 * MIB);
+    bench.file("tiny", MIB);
     bench.refused(
         &["create", "v", "--stage", "tiny", "--backing", "b", "--size", "1M"],
         INVALID,

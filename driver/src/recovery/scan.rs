@@ -123,12 +123,13 @@ impl Scanner<'_> {
             .collect()
     }
 
-    /// The regions that make up the log, oldest first, and the checkpoint to use with them.
+    /// The regions that make up the log, oldest first, the checkpoint to use with them, and whether the first of them, which
+    /// is the only one then, has no header on the device.
     fn chain(
         &self,
         mut checkpoint: Checkpoint,
         notes: &mut Vec<String>,
-    ) -> Result<(Checkpoint, Vec<RegionStart>)> {
+    ) -> Result<(Checkpoint, Vec<RegionStart>, bool)> {
         let starts = self.region_starts()?;
         let at = |seq: RegionSeq| {
             starts[seq.slot(self.geometry.region_count) as usize].filter(|start| start.seq == seq)
@@ -138,7 +139,7 @@ impl Scanner<'_> {
         let mut first = head.seq;
         if at(first).is_none() {
             if newest < first {
-                return Ok((checkpoint, vec![head]));
+                return Ok((checkpoint, vec![head], true));
             }
             let slot = starts[first.slot(self.geometry.region_count) as usize];
             if slot.is_none_or(|start| start.seq < first) {
@@ -174,12 +175,12 @@ impl Scanner<'_> {
             let what = format!("the region is missing, but region {newest} exists");
             return Err(self.damaged(first, 0, &what));
         }
-        Ok((checkpoint, chain))
+        Ok((checkpoint, chain, false))
     }
 
     fn scan(&self, checkpoint: Checkpoint, visit: &mut dyn FnMut(&Found)) -> Result<ScannedLog> {
         let mut notes = Vec::new();
-        let (checkpoint, chain) = self.chain(checkpoint, &mut notes)?;
+        let (checkpoint, chain, headless) = self.chain(checkpoint, &mut notes)?;
         let mut log = ScannedLog {
             checkpoint,
             regions: Vec::with_capacity(chain.len()),
@@ -198,6 +199,11 @@ impl Scanner<'_> {
                 return Err(self.damaged(start.seq, 0, &what));
             }
             let next = chain.get(i + 1);
+            if i == 0 && headless {
+                let region = self.read_headless(start, &mut log)?;
+                log.regions.push(region);
+                continue;
+            }
             let region = match next.map(|next| self.read_table(start, next, visit)).transpose()?.flatten() {
                 Some(region) => {
                     log.by_table += 1;
@@ -222,6 +228,38 @@ impl Scanner<'_> {
             return Err(self.damaged(last, log.regions.last().expect("a region").data_end, &what));
         }
         Ok(log)
+    }
+
+    /// Reads a region whose header is not there. The header is written together with the first group, so that write was never
+    /// whole, and the group was never acknowledged: it is given up even if it is whole itself, or the region would go on
+    /// without a header.
+    fn read_headless(&self, start: RegionStart, log: &mut ScannedLog) -> Result<RegionState> {
+        let mut image = vec![0; self.geometry.region_bytes as usize];
+        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
+        let from = self.geometry.block_bytes;
+        let first = start.first_group_seq;
+        if let Some((at, group)) = later_group(&image, from, start.seq, first, &self.rules) {
+            let what = format!(
+                "the region's header is invalid, but group {} at offset {at} exists",
+                group.group_seq
+            );
+            return Err(self.damaged(start.seq, 0, &what));
+        }
+        log.by_scan += 1;
+        log.torn_bytes = Group::decode(&image[from as usize..], self.rules.salt)
+            .filter(|group| group.region == start.seq && group.group_seq == first)
+            .map_or(0, |group| u64::from(group.group_bytes));
+        image.truncate(from as usize);
+        log.tail_image = image;
+        Ok(RegionState {
+            start,
+            record_count: 0,
+            group_count: 0,
+            data_end: from,
+            durable_end: from,
+            resident: true,
+            table: TableState::Missing,
+        })
     }
 
     /// Reads a full region by its table. `None` if the table is not valid or does not lead to `next`.

@@ -179,15 +179,30 @@ impl Arena {
         Ok(Some(arena))
     }
 
-    /// Arena without a file, for simulations and measurements: it lives as long as the value.
+    /// Arena without a file, for measurements: it lives as long as the value.
     pub fn anonymous(identity: &ArenaIdentity) -> Result<Arena> {
+        Arena::map_anonymous(&Arena::anonymous_memory(identity)?, identity)
+    }
+
+    /// Memory for [`Arena::map_anonymous`]: it lives as long as the value or a mapping.
+    pub fn anonymous_memory(identity: &ArenaIdentity) -> Result<File> {
         let name = c"tidegate-arena";
         let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
             .map_err(|e| Error::io("cannot create anonymous shared memory", e.into()))?;
         let file = File::from(fd);
         file.set_len(Arena::file_bytes(identity) as u64)
             .map_err(|e| Error::io("cannot size anonymous shared memory", e))?;
-        Arena::map(file, identity, None)
+        Ok(file)
+    }
+
+    /// Arena in `memory`, which a simulation keeps when its server dies and maps again for the next one.
+    pub fn map_anonymous(memory: &File, identity: &ArenaIdentity) -> Result<Arena> {
+        let bytes = memory.metadata().map_err(|e| Error::io("cannot stat anonymous shared memory", e))?.len();
+        if bytes != Arena::file_bytes(identity) as u64 {
+            return Err(Error::new(ErrorKind::Invalid, "the memory is not that of this arena"));
+        }
+        let memory = memory.try_clone().map_err(|e| Error::io("cannot keep anonymous shared memory", e))?;
+        Arena::map(memory, identity, None)
     }
 
     fn file_bytes(identity: &ArenaIdentity) -> usize {

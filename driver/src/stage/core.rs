@@ -17,7 +17,8 @@
 //!   records at or below the durable LSN;
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
 //! - C3 the index holds a byte's newest record above the checkpoint; below it the backing holds it;
-//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them.
+//! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
+//! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -154,6 +155,9 @@ pub struct Core {
     pub(super) indexes: BTreeMap<VolumeId, Index>,
     pub(super) extent_count: usize,
     pub(super) checkpoint: Lsn,
+    /// The region where the durable checkpoint lets the log begin: what it names stays, or the next recovery would look for
+    /// it in vain.
+    pub(super) head: RegionSeq,
     durable_waits: VecDeque<DurableWait>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
@@ -194,6 +198,7 @@ impl Core {
         let region_count = start.ring.geometry().region_count;
         let mut allocated = vec![start.allocated; region_count as usize];
         allocated[start.ring.open_seq().slot(region_count) as usize] = true;
+        let head = start.ring.regions().next().expect("an open region").start.seq;
         Core {
             allocated,
             window: Window::new(next),
@@ -201,6 +206,7 @@ impl Core {
             extent_count: start.indexes.values().map(Index::extent_count).sum(),
             indexes: start.indexes,
             checkpoint: start.checkpoint,
+            head,
             durable_waits: VecDeque::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),
@@ -338,6 +344,7 @@ impl Core {
 
     /// Takes the result of the log write in flight.
     pub fn log_written(&mut self, group: &ClosedGroup, result: Result<(), Errno>) {
+        let before = self.durable();
         if self.committer.written(result.is_ok()) {
             self.counters.groups += 1;
             self.counters.log_bytes += u64::from(group.end - group.write_from);
@@ -350,7 +357,8 @@ impl Core {
                 self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
             }
             self.serve_space_waits();
-            if self.sealed_region_needs_table() || self.above_high_mark() {
+            let requested = before < self.commit_to && self.commit_to <= durable;
+            if requested || self.sealed_region_needs_table() || self.above_high_mark() {
                 self.kick();
             }
             self.pump_commit();

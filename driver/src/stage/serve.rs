@@ -219,11 +219,13 @@ impl Core {
         self.ring.head_after(checkpoint)
     }
 
-    /// The checkpoint at `to` is durable: forget what it covers. `ranges` are the bytes that the epoch wrote.
+    /// The checkpoint at `to`, with the log beginning at region `head`, is durable: forget what it covers. `ranges` are the
+    /// bytes that the epoch wrote.
     pub fn checkpointed(
         &mut self,
         arena: &Arena,
         to: Lsn,
+        head: RegionSeq,
         ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
     ) {
         assert!(to > self.checkpoint && to <= self.durable(), "C2");
@@ -235,6 +237,7 @@ impl Core {
             }
         }
         self.checkpoint = to;
+        self.head = head;
         self.reclaim(arena);
     }
 
@@ -242,9 +245,10 @@ impl Core {
     pub fn reclaim(&mut self, arena: &Arena) {
         let indexes = &self.indexes;
         let checkpoint = self.checkpoint;
+        let head = self.head;
         self.ring.reclaim(checkpoint, |region| {
             debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
-            !arena.is_pinned(region.start.seq)
+            region.start.seq < head && !arena.is_pinned(region.start.seq)
         });
         self.serve_space_waits();
         self.pump_commit();
@@ -253,8 +257,8 @@ impl Core {
     /// Whether a region could be given up if nobody had it pinned.
     #[must_use]
     pub fn reclaim_is_pending(&self) -> bool {
-        let head = self.ring.regions().next().expect("an open region");
-        head.start.seq != self.ring.open_seq() && head.last_lsn() <= self.checkpoint
+        let oldest = self.ring.regions().next().expect("an open region");
+        oldest.start.seq < self.head && oldest.last_lsn() <= self.checkpoint
     }
 
     /// Begins to index a volume.

@@ -210,7 +210,10 @@ impl Background {
             at_latest(self.allocate_retry.until_ns.max(now_ns));
         }
         if core.claimed() > core.checkpoint() && self.epoch.is_none() && !core.is_damaged() {
-            at_latest(self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS).max(now_ns + 1));
+            // An epoch that is due and could not begin waits for the log or for a region, both of which call. The pause is
+            // for what does not: a change that its door has not finished yet.
+            let due = self.flush_retry.until_ns.max(self.idle_since_ns + IDLE_NS);
+            at_latest(if due > now_ns { due } else { now_ns + IDLE_NS });
         }
         deadline
     }
@@ -483,7 +486,10 @@ impl Background {
         self.status.stage_problem = None;
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
-        self.shared.core.lock().checkpointed(&self.shared.arena, run.epoch.to, run.written_ranges());
+        let head = self.checkpoint.head.seq;
+        let mut core = self.shared.core.lock();
+        core.checkpointed(&self.shared.arena, run.epoch.to, head, run.written_ranges());
+        drop(core);
         self.run(submit);
         self.flush(now_ns, submit);
     }

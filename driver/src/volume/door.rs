@@ -229,6 +229,7 @@ impl VolumeDoor {
     fn fill<IO: DoorIo>(&mut self, mut slot: Slot, request: &Request, io: &mut IO) {
         let region = slot.region();
         let lsn = slot.lsn();
+        io.placed(request.tag, lsn);
         let payload_bytes = slot.payload_bytes();
         let timestamp_ns = *self.batch_ns.get_or_insert_with(|| self.shared.clock.unix_ns());
         let bytes = self.shared.arena.slot_bytes(&mut slot);

@@ -4,6 +4,7 @@
 //! wake-ups to the `Door`; the `Door` answers through the `DoorIo`. All calls of one door come from one thread; none of
 //! them blocks.
 
+use crate::base::Lsn;
 use crate::io::{Done, Errno, Op};
 
 /// What a client asks for.
@@ -44,6 +45,9 @@ pub trait DoorIo {
     fn fetch(&mut self, tag: u32, offset: u32, into: &mut [u8]) -> Result<(), Errno>;
     /// Copies `from` to byte `offset` of the client's memory of read request `tag`.
     fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> Result<(), Errno>;
+    /// Request `tag` is a change and has its place in the order of the log; its payload is fetched next. For doors that
+    /// tell their clients the order, and for checkers.
+    fn placed(&mut self, _tag: u32, _lsn: Lsn) {}
     /// Completes request `tag`. The tag may be used again at once.
     fn complete(&mut self, tag: u32, result: Result<(), Errno>);
 }

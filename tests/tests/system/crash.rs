@@ -6,23 +6,24 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidegate_driver::io::FileDisk;
 use tidegate_driver::volume::{Engine, EngineConfig, LocalClient, admin};
 
 use super::devices::{Mapped, need_module, ram_disks, sectors};
 use super::numbered::{History, Random, open};
-use super::support::{Place, ublk_devices};
+use super::support::{Place, remove_devices};
 
 /// Points that are tried.
-const POINTS: usize = 40;
-const WRITES: usize = 700;
+const POINTS: usize = 30;
+const WRITES: usize = 600;
 /// A mark after so many writes relates acknowledgements to the record.
 const MARK_EVERY: u64 = 12;
 const VOLUMES: [&str; 2] = ["a", "b"];
-const VOLUME_SECTORS: u64 = 8 << 11;
+const VOLUME_SECTORS: u64 = 4 << 11;
 const BACKING_SECTORS: u64 = VOLUME_SECTORS + 128;
-const STAGE_SECTORS: u64 = 20 << 11;
+const STAGE_SECTORS: u64 = 19 << 11;
 
 // ---- the record --------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ fn record(place: &Place, acks: [&str; 2]) -> Recorded {
     let backings = [0, 1].map(|i| part(VOLUMES[i], STAGE_SECTORS + i as u64 * BACKING_SECTORS, BACKING_SECTORS));
     for (i, name) in VOLUMES.iter().enumerate() {
         let (stage, backing) = (stage.path(), backings[i].path());
-        let args = ["create", name, "--stage", &stage, "--backing", &backing, "--size", "8M", "--block-size", "512"];
+        let args = ["create", name, "--stage", &stage, "--backing", &backing, "--size", "4M", "--block-size", "512"];
         place.tidegate(&[&args[..], &["--ack", acks[i]]].concat());
     }
     let devices = VOLUMES.map(|name| open(&place.attach(name)));
@@ -148,12 +149,16 @@ fn record(place: &Place, acks: [&str; 2]) -> Recorded {
             log.message(&format!("mark {durable}"));
             marked = durable;
         }
+        if number % 100 == 0 {
+            // Long enough for the flusher to begin.
+            std::thread::sleep(Duration::from_millis(400));
+        }
     }
     place.tidegate(&["flush", "a"]);
     assert!(place.counter("a", "epochs") > 3, "the flusher was to be at work, too");
     drop(devices);
     place.kill_all("a");
-    ublk_devices().iter().for_each(|id| drop(tidegate_ublk::delete(*id)));
+    remove_devices();
     stage.remove();
     backings.iter().for_each(Mapped::remove);
     // Writes the end of the record.
@@ -218,9 +223,11 @@ fn every_flush_is_a_good_place_to_die(acks: [&str; 2]) {
         let mut at = points[span.0 + random.below((span.1 - span.0) as u64) as usize];
         // Of every other sample: a flush that has something to make durable, and fails to.
         if sample % 2 == 1
-            && let Some(&flush) = points[span.0..span.1].iter().find(|&&i| entries[i - 1].is_volatile())
+            && let flushes = points[span.0..span.1].iter().filter(|&&i| entries[i - 1].is_volatile())
+            && let flushes = flushes.copied().collect::<Vec<_>>()
+            && !flushes.is_empty()
         {
-            at = flush;
+            at = flushes[random.below(flushes.len() as u64) as usize];
         }
         let start = (begin..at).rev().take_while(|&i| entries[i].is_volatile()).last().unwrap_or(at);
         let durable = entries[..at].iter().filter_map(|e| e.mark).max().unwrap();

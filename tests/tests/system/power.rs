@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::devices::need_module;
 use super::numbered::{Writer, read};
-use super::support::{Place, run, signal, skip, start, try_run, wait_for};
+use super::support::{Place, remove_devices, run, signal, skip, start, try_run, wait_for};
 
 const DEVICE: &str = "/dev/nbd0";
 const SECTORS: u64 = 16384;
@@ -81,7 +81,7 @@ fn cut(ack: &str) {
         place.kill_all("v");
         writer = writer.closed();
         // Whoever had the device open has died as well.
-        super::support::ublk_devices().iter().for_each(|id| drop(tidegate_ublk::delete(*id)));
+        remove_devices();
         disk.return_after_power_cut();
         if ack == "memory" {
             let arenas = place.arenas();

@@ -346,6 +346,14 @@ pub fn ublk_devices() -> Vec<u32> {
     tidegate_ublk::list().unwrap_or_default()
 }
 
+/// Removes the devices of servers that were killed, and with them whatever was in flight: as a power cut does.
+pub fn remove_devices() {
+    for id in ublk_devices() {
+        // The kernel notices the end of a server a moment after it.
+        wait_for("a device without a server can be removed", Duration::from_secs(10), || tidegate_ublk::delete(id).is_ok());
+    }
+}
+
 /// Processes of the `tidegate` command.
 pub fn servers() -> Vec<u64> {
     let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse::<u64>().ok());

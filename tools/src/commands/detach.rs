@@ -1,8 +1,9 @@
 //! `detach`: ends the device, flushes the stage.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
 
@@ -10,9 +11,12 @@ use super::attach;
 use crate::cli::Detach;
 use crate::client::Client;
 use crate::protocol::{Reply, Request};
-use crate::registry::{Entry, Registry};
+use crate::registry::{Entry, Registry, StageDir};
 use crate::report::{self, Progress};
 use crate::size::human;
+
+/// How long the end of a server that has answered is waited for.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// `detach`.
 pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
@@ -39,8 +43,22 @@ pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
             ));
         }
     }
+    wait_for_end(&dir)?;
     report::note(format!("detached '{}'", args.name));
     Ok(ExitCode::SUCCESS)
+}
+
+/// The last detach ends the server. Devices and files are free for others only when its process is gone.
+fn wait_for_end(dir: &StageDir) -> Result<()> {
+    let deadline = Instant::now() + END_PATIENCE;
+    while Instant::now() < deadline {
+        let Some(runtime) = dir.runtime()?.filter(|r| r.ended) else { break };
+        if !Path::new("/proc").join(runtime.server_pid.to_string()).exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// Error for a volume without a device.

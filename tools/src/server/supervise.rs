@@ -99,13 +99,10 @@ fn run_server(
                 return Err(Error::new(ErrorKind::Io, "cannot wait for the server"));
             }
         }
-        match signals.next() {
-            Some(Signal::SIGTERM | Signal::SIGINT) => {
-                told_to_end = true;
-                // It cannot be another process's by now: the child has not been waited for.
-                let _ = kill(pid, Signal::SIGTERM);
-            }
-            Some(_) | None => {}
+        if let Some(Signal::SIGTERM | Signal::SIGINT) = signals.next() {
+            told_to_end = true;
+            // The waiting thread has not reported its end, so the number is still its own (but for an instant).
+            let _ = kill(pid, Signal::SIGTERM);
         }
     }
 }

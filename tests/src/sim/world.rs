@@ -1,0 +1,661 @@
+//! A seed's story: a stage and its volumes, servers that run and die in turn, and the checks between them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tidegate_driver::base::{ErrorKind, VolumeId};
+use tidegate_driver::format::arena::ArenaIdentity;
+use tidegate_driver::format::geometry::Geometry;
+use tidegate_driver::format::label::backing_bytes_for;
+use tidegate_driver::format::superblock::StageState;
+use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
+use tidegate_driver::io::Disk;
+use tidegate_driver::recovery::{ArenaSource, Environment, open, superblocks};
+use tidegate_driver::stage::arena::Arena;
+use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
+use uuid::Uuid;
+
+use super::client::Habits;
+use super::disk::{Control, Ctl, Faults, SimDisk, lock};
+use super::model::Model;
+use super::rng::Rng;
+use super::running::{Asked, Running, SimClock, Site, Sometimes, Stop};
+
+/// How a server ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrashKind {
+    /// The process is killed; its arena and its clients stay.
+    Kill,
+    /// The process is killed and its arena is gone.
+    KillWithoutArena,
+    /// Power is cut: arena and clients are gone, disks lose what they like of what was not flushed.
+    Power,
+}
+
+/// A crash at a chosen place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CrashAt {
+    /// Steps after the first server began.
+    pub step: u64,
+    /// How.
+    pub kind: CrashKind,
+    /// Steps after the second server began, for another crash; 0: none.
+    pub again: u64,
+}
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The seed.
+    pub seed: u64,
+    /// A short story with this crash in it, instead of a long one with crashes by chance.
+    pub short: Option<CrashAt>,
+    /// Keep a line per event.
+    pub log: bool,
+}
+
+impl Options {
+    /// A long story.
+    #[must_use]
+    pub fn long(seed: u64) -> Options {
+        Options { seed, short: None, log: false }
+    }
+}
+
+/// What a story was like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Hash of all events.
+    pub trace: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Steps until the first server ended.
+    pub first_life: u64,
+    /// Servers that began to open the stage.
+    pub opens: u64,
+    /// Kills, kills without arena, power cuts.
+    pub crashes: [u64; 3],
+    /// Of them, while a server was opening the stage.
+    pub crashes_in_recovery: u64,
+    /// Orderly ends.
+    pub closes: u64,
+    /// Records that only the arena held.
+    pub from_arena: u64,
+    /// Patch images restored.
+    pub patches: u64,
+    /// Torn groups given up.
+    pub torn: u64,
+    /// Regions read by their tables.
+    pub tables: u64,
+    /// Superblock copies repaired.
+    pub superblocks: u64,
+    /// Refusals because the arena was gone.
+    pub refused: u64,
+    /// Openings that an injected fault ended.
+    pub failed_opens: u64,
+    /// Faults injected.
+    pub faults: u64,
+    /// What the servers saw.
+    pub sometimes: Sometimes,
+}
+
+impl Report {
+    /// Adds another story's numbers.
+    pub fn add(&mut self, other: &Report) {
+        self.steps += other.steps;
+        self.opens += other.opens;
+        (0..3).for_each(|i| self.crashes[i] += other.crashes[i]);
+        self.crashes_in_recovery += other.crashes_in_recovery;
+        self.closes += other.closes;
+        self.from_arena += other.from_arena;
+        self.patches += other.patches;
+        self.torn += other.torn;
+        self.tables += other.tables;
+        self.superblocks += other.superblocks;
+        self.refused += other.refused;
+        self.failed_opens += other.failed_opens;
+        self.faults += other.faults;
+        self.sometimes.add(&other.sometimes);
+    }
+}
+
+impl Sometimes {
+    /// Adds another server's numbers.
+    pub fn add(&mut self, other: &Sometimes) {
+        self.requests += other.requests;
+        self.space_waits += other.space_waits;
+        self.log_errors += other.log_errors;
+        self.backing_errors += other.backing_errors;
+        self.epochs += other.epochs;
+        self.regions = self.regions.max(other.regions);
+    }
+}
+
+/// A broken promise.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// What ran.
+    pub options: Options,
+    /// Where it broke.
+    pub step: u64,
+    /// What was expected and found.
+    pub what: String,
+    /// The last events, if they were kept.
+    pub log: Vec<String>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {} broke at step {}: {}", self.options.seed, self.step, self.what)?;
+        write!(f, "replay: TIDEGATE_SEED={} ", self.options.seed)?;
+        if let Some(CrashAt { step, kind, again }) = self.options.short {
+            write!(f, "TIDEGATE_CRASH={step},{kind:?},{again} ")?;
+        }
+        write!(f, "cargo test --release -p tidegate-tests --test crash replay -- --nocapture")
+    }
+}
+
+/// Arenas that outlive their servers.
+#[derive(Default)]
+struct Arenas(BTreeMap<u64, File>);
+
+impl ArenaSource for Arenas {
+    fn find(&mut self, identity: &ArenaIdentity, _salt: u64) -> tidegate_driver::base::Result<Option<Arena>> {
+        self.0.get(&identity.arena_id).map(|memory| Arena::map_anonymous(memory, identity)).transpose()
+    }
+
+    fn make(&mut self, identity: &ArenaIdentity, _salt: u64) -> tidegate_driver::base::Result<Arena> {
+        let memory = Arena::anonymous_memory(identity)?;
+        let arena = Arena::map_anonymous(&memory, identity)?;
+        self.0.insert(identity.arena_id, memory);
+        Ok(arena)
+    }
+}
+
+/// Most events of a story: beyond it, it is stuck.
+const TICKS_MAX: u64 = 2_000_000;
+
+/// Events of a life after which nothing fails any more: a long epoch whose every attempt meets a fault would never end.
+const FAULTY_TICKS_MAX: u64 = 20_000;
+
+struct World {
+    options: Options,
+    /// Chance of the story itself; disks and scheduling have their own.
+    rng: Rng,
+    ctl: Ctl,
+    stage: SimDisk,
+    backings: Vec<SimDisk>,
+    clock: Arc<SimClock>,
+    latency_ns: u64,
+    model: Model,
+    arenas: Arenas,
+    boot: u128,
+    next_arena: u64,
+    at_risk: bool,
+    doors: Vec<usize>,
+    running: Option<Running>,
+    /// What the next server has to bring back.
+    required: u64,
+    /// Requests that clients ask again.
+    unanswered: Vec<Asked>,
+    arena_lost: bool,
+    faulty: u64,
+    report: Report,
+}
+
+/// Runs a story.
+pub fn run(options: Options) -> Result<Report, Box<Failure>> {
+    let ctl: Ctl = Arc::new(Mutex::new(Control {
+        rng: Rng::new(options.seed, 10),
+        step: 0,
+        crash_at: u64::MAX,
+        crashed: false,
+        faults: Faults::default(),
+        faults_injected: 0,
+        trace: 0,
+        log: options.log.then(Vec::new),
+    }));
+    let told = catch_unwind(AssertUnwindSafe(|| World::new(options, &ctl).story()));
+    let mut ctl = ctl.lock().unwrap_or_else(PoisonError::into_inner);
+    let what = match told {
+        Ok(Ok(mut report)) => {
+            report.trace = ctl.trace;
+            report.steps = ctl.step;
+            report.faults = ctl.faults_injected;
+            return Ok(report);
+        }
+        Ok(Err(what)) => what,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            format!("panic: {}", text.unwrap_or_default())
+        }
+    };
+    Err(Box::new(Failure { options, step: ctl.step, what, log: ctl.log.take().unwrap_or_default() }))
+}
+
+impl World {
+    fn new(options: Options, ctl: &Ctl) -> World {
+        let mut rng = Rng::new(options.seed, 20);
+        let stage_sector = rng.pick(&[512, 512, 4096]);
+        let log_block = rng.pick(&[stage_sector, 4096]);
+        let region_bytes = rng.pick(&[32 << 10, 32 << 10, 64 << 10]);
+        let patch_bytes = rng.pick(&[8 << 10, 16 << 10, 64 << 10]);
+        let region_count = rng.range(4, 8);
+        let stage_bytes = Geometry::device_bytes_min(region_bytes, patch_bytes)
+            + (region_count - 4) * u64::from(region_bytes);
+        let stage = SimDisk::new("stage", true, stage_bytes, stage_sector, ctl);
+        let stage_options = StageOptions { region_bytes, patch_bytes, block_bytes: log_block };
+        admin::create_stage_as(&stage, stage_options, Uuid::from_u128(7), rng.next())
+            .expect("a new stage can be created");
+        let mut backings = Vec::new();
+        let mut volumes = Vec::new();
+        let volume_count = rng.range(1, if options.short.is_some() { 2 } else { 4 });
+        let acks = rng.below(3);
+        let mut at_risk = false;
+        for i in 0..volume_count {
+            let sector = rng.pick(&[512, 512, 4096]);
+            let blocks_max = rng.pick(&[64, 200]);
+            let size_bytes = 512 * rng.range(1, blocks_max);
+            let mut backing = SimDisk::new(
+                "backing",
+                false,
+                backing_bytes_for(size_bytes).next_multiple_of(4096),
+                sector,
+                ctl,
+            );
+            backing.discards = rng.chance(700);
+            backing.zeroes = rng.chance(700);
+            let ack = match acks {
+                0 => AckLevel::Log,
+                1 => AckLevel::Memory,
+                _ => rng.pick(&[AckLevel::Log, AckLevel::Memory]),
+            };
+            at_risk |= ack == AckLevel::Memory;
+            let new = NewVolume {
+                name: format!("v{i}"),
+                size_bytes,
+                block_bytes: 512,
+                ack,
+                on_log_error: if rng.chance(250) { OnLogError::Fail } else { OnLogError::Stall },
+                backing: String::new(),
+            };
+            admin::add_volume(&stage, &backing, new).expect("a volume can be added");
+            volumes.push((backing.visible(0, size_bytes as usize), backing.discards));
+            backings.push(backing);
+        }
+        let doors = (0..volume_count).map(|_| rng.range(1, 3) as usize).collect();
+        let mut control = lock(ctl);
+        control.step = 0;
+        control.trace = 0;
+        if let Some(log) = &mut control.log {
+            log.clear();
+        }
+        drop(control);
+        World {
+            options,
+            ctl: ctl.clone(),
+            stage,
+            backings,
+            clock: Arc::new(SimClock::default()),
+            latency_ns: rng.pick(&[0, 10_000, 1_000_000, 50_000_000]),
+            model: Model::new(volumes),
+            arenas: Arenas::default(),
+            boot: 1,
+            next_arena: 1,
+            at_risk,
+            doors,
+            running: None,
+            required: 0,
+            unanswered: Vec::new(),
+            arena_lost: false,
+            faulty: if options.short.is_some() { 0 } else { rng.pick(&[0, 0, 1, 2]) },
+            report: Report::default(),
+            rng,
+        }
+    }
+
+    fn story(mut self) -> Result<Report, String> {
+        let lives = match self.options.short {
+            Some(crash) => 2 + u64::from(crash.again > 0),
+            None => self.rng.range(2, 8),
+        };
+        for life in 0..lives {
+            let last = life + 1 == lives;
+            let (steps, kind) = self.crash_plan(life, last);
+            {
+                let mut ctl = lock(&self.ctl);
+                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) };
+                ctl.crashed = false;
+            }
+            let ended = if last { self.last_life() } else { self.life() };
+            if life == 0 {
+                self.report.first_life = lock(&self.ctl).step;
+            }
+            match ended {
+                Ok(()) => {}
+                Err(Stop::Crash) => self.crash(kind),
+                Err(Stop::Fail(what)) => return Err(what),
+            }
+        }
+        Ok(self.report)
+    }
+
+    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind) {
+        if let Some(crash) = self.options.short {
+            let steps = if life == 0 { crash.step } else { crash.again };
+            return (steps.max(1), crash.kind);
+        }
+        let kind = match self.rng.below(10) {
+            0..=3 => CrashKind::Power,
+            4 => CrashKind::KillWithoutArena,
+            _ => CrashKind::Kill,
+        };
+        let steps = match self.rng.below(6) {
+            0 => self.rng.range(1, 60),
+            1 => self.rng.range(1, 300),
+            2 if !last => u64::MAX,
+            _ => self.rng.range(100, 4000),
+        };
+        (steps, kind)
+    }
+
+    // ---- the parts of a life
+
+    fn life(&mut self) -> Result<(), Stop> {
+        self.open()?;
+        let verify = self.rng.chance(700);
+        if verify {
+            self.verify_through_doors()?;
+        }
+        self.ask_again();
+        let habits = Habits::draw(&mut self.rng);
+        let quota = if self.options.short.is_some() {
+            self.rng.range(4, 40)
+        } else {
+            self.rng.pick(&[20, 200, 1000])
+        };
+        let running = self.running.as_mut().expect("open");
+        running.habits = Some(habits);
+        running.quota = quota;
+        let mut left = self.rng.pick(&[0, 100, 1000]);
+        let mut ticks = 0;
+        loop {
+            let running = self.running.as_ref().expect("open");
+            if running.quota == 0 && !running.is_waiting() {
+                if left == 0 {
+                    break;
+                }
+                left -= 1;
+            }
+            if ticks > FAULTY_TICKS_MAX {
+                lock(&self.ctl).faults = Faults::default();
+            } else if self.faulty > 0 && ticks % 256 == 0 {
+                self.draw_faults();
+            }
+            ticks += 1;
+            if !self.tick()? && running_is_done(self.running.as_ref()) {
+                break;
+            }
+            if ticks > TICKS_MAX / 10 {
+                return Err(Stop::Fail("requests do not come to an end".into()));
+            }
+        }
+        lock(&self.ctl).faults = Faults::default();
+        if self.rng.chance(500) {
+            self.drain()?;
+        }
+        self.close()
+    }
+
+    fn last_life(&mut self) -> Result<(), Stop> {
+        self.faulty = 0;
+        self.open()?;
+        self.verify_through_doors()?;
+        self.ask_again();
+        let mut habits = Habits::draw(&mut self.rng);
+        habits.fetch_fails = 0;
+        let quota = if self.options.short.is_some() { 0 } else { self.rng.range(0, 50) };
+        let running = self.running.as_mut().expect("open");
+        running.habits = Some(habits);
+        running.quota = quota;
+        self.until("every request is answered", |r| r.quota == 0 && !r.is_waiting())?;
+        self.drain()?;
+        self.check_backings()?;
+        self.verify_through_doors()?;
+        self.close()?;
+        if self.rng.chance(500) {
+            self.crash(CrashKind::Power);
+        }
+        self.open()?;
+        self.verify_through_doors()?;
+        self.close()
+    }
+
+    fn open(&mut self) -> Result<(), Stop> {
+        let mut accept_loss = false;
+        for attempt in 0.. {
+            self.report.opens += 1;
+            if self.faulty > 0 && attempt < 4 && self.rng.chance(300) {
+                let rate = self.rng.pick(&[3, 20]);
+                lock(&self.ctl).faults =
+                    Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate };
+            }
+            let faults_before = lock(&self.ctl).faults_injected;
+            self.next_arena += 1;
+            let environment =
+                Environment { boot_id: Uuid::from_u128(self.boot), arena_id: self.next_arena, accept_loss };
+            let backings: BTreeMap<VolumeId, &dyn Disk> = self
+                .backings
+                .iter()
+                .enumerate()
+                .map(|(i, disk)| (VolumeId(i as u16 + 1), disk as &dyn Disk))
+                .collect();
+            let opened = open(&self.stage, &backings, &mut self.arenas, environment);
+            let faults_now = {
+                let mut ctl = lock(&self.ctl);
+                ctl.faults = Faults::default();
+                ctl.faults_injected
+            };
+            match opened {
+                Ok(opened) => {
+                    let end = opened.core.claimed().0;
+                    lock(&self.ctl).note("opened", &[end, opened.report.records_from_arena]);
+                    self.report.from_arena += opened.report.records_from_arena;
+                    self.report.patches += opened.report.patches_restored;
+                    self.report.torn += u64::from(opened.report.torn_bytes > 0);
+                    self.report.tables += opened.report.regions_by_table;
+                    self.report.superblocks += u64::from(opened.report.superblocks_repaired);
+                    self.model.recovered(end, self.required)?;
+                    self.required = self.model.durable();
+                    self.arena_lost = false;
+                    let mut opened = opened;
+                    for (backing, target) in self.backings.iter().zip(opened.targets.values_mut()) {
+                        if self.rng.chance(500) {
+                            (target.discards, target.zeroes) = (backing.discards, backing.zeroes);
+                        }
+                    }
+                    let site = Site {
+                        ctl: &self.ctl,
+                        stage: &self.stage,
+                        backings: &self.backings,
+                        clock: &self.clock,
+                        latency_ns: self.latency_ns,
+                    };
+                    self.running = Some(Running::start(opened, &site, &self.doors));
+                    return Ok(());
+                }
+                Err(_) if lock(&self.ctl).crashed => return Err(Stop::Crash),
+                Err(error) if error.kind() == ErrorKind::Lost && self.arena_lost && self.at_risk => {
+                    self.report.refused += 1;
+                    accept_loss = true;
+                }
+                Err(_) if faults_now > faults_before => self.report.failed_opens += 1,
+                Err(error) => {
+                    return Err(Stop::Fail(format!("the stage was refused: {}", error.report())));
+                }
+            }
+        }
+        unreachable!("attempts end")
+    }
+
+    fn tick(&mut self) -> Result<bool, Stop> {
+        let site = Site {
+            ctl: &self.ctl,
+            stage: &self.stage,
+            backings: &self.backings,
+            clock: &self.clock,
+            latency_ns: self.latency_ns,
+        };
+        self.running.as_mut().expect("open").tick(&site, &mut self.model)
+    }
+
+    fn until(&mut self, what: &str, done: impl Fn(&Running) -> bool) -> Result<(), Stop> {
+        for _ in 0..TICKS_MAX / 10 {
+            if done(self.running.as_ref().expect("open")) {
+                return Ok(());
+            }
+            if !self.tick()? && !done(self.running.as_ref().expect("open")) {
+                return Err(Stop::Fail(format!("nothing can happen any more, but not yet: {what}")));
+            }
+        }
+        Err(Stop::Fail(format!("it takes too long until {what}")))
+    }
+
+    fn ask_again(&mut self) {
+        let again = std::mem::take(&mut self.unanswered);
+        self.running.as_mut().expect("open").again.extend(again);
+    }
+
+    fn draw_faults(&mut self) {
+        let most: &[u64] = if self.faulty == 1 { &[0, 0, 0, 5, 20] } else { &[0, 0, 20, 200, 900] };
+        let faults = Faults {
+            read: self.rng.pick(most),
+            backing_write: self.rng.pick(most),
+            stage_write: self.rng.pick(most),
+            sync: self.rng.pick(most),
+        };
+        lock(&self.ctl).faults = faults;
+    }
+
+    fn verify_through_doors(&mut self) -> Result<(), Stop> {
+        let running = self.running.as_mut().expect("open");
+        let step = running.payload_max();
+        for volume in 0..self.backings.len() {
+            let size = self.model.size(volume);
+            for offset in (0..size).step_by(step as usize) {
+                running.read(volume, offset, step.min(size - offset));
+            }
+        }
+        self.until("all volumes are read", |r| !r.is_waiting())
+    }
+
+    fn drain(&mut self) -> Result<(), Stop> {
+        self.until("every request is answered", |r| !r.is_waiting())?;
+        let end = self.running.as_mut().expect("open").drain();
+        self.until("everything is flushed", |r| r.checkpoint() >= end && !r.is_busy())
+    }
+
+    fn check_backings(&self) -> Result<(), Stop> {
+        let end = self.model.newest();
+        for (volume, disk) in self.backings.iter().enumerate() {
+            let size = self.model.size(volume) as usize;
+            for (what, bytes) in [("", disk.visible(0, size)), ("persistent ", disk.persistent(0, size))] {
+                self.model
+                    .check(volume, 0, &bytes, end, end)
+                    .map_err(|e| format!("after everything was flushed, the {what}backing holds: {e}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As `Engine::close` does it.
+    fn close(&mut self) -> Result<(), Stop> {
+        self.until("every request is answered", |r| !r.is_waiting())?;
+        let end = self.running.as_mut().expect("open").make_durable();
+        self.until("everything is durable", |r| r.durable() >= end && !r.is_busy())?;
+        let running = self.running.as_ref().expect("open");
+        let mut superblock = running.superblock.clone();
+        superblock.sequence += 1;
+        superblock.state = StageState::Clean;
+        superblock.closed_lsn = tidegate_driver::base::Lsn(running.durable());
+        if let Err(error) = superblocks::write(&self.stage, &superblock) {
+            return Err(if lock(&self.ctl).crashed {
+                Stop::Crash
+            } else {
+                Stop::Fail(format!("closing failed: {}", error.report()))
+            });
+        }
+        let newest = self.model.newest();
+        if running.durable() != newest {
+            return Err(Stop::Fail(format!("closed at LSN {}, but {newest} was placed", running.durable())));
+        }
+        self.model.acknowledge(newest, true);
+        self.required = newest;
+        self.report.closes += 1;
+        self.report.sometimes.add(&running.sometimes());
+        self.running = None;
+        self.arenas.0.clear();
+        Ok(())
+    }
+
+    fn crash(&mut self, kind: CrashKind) {
+        self.report.crashes[kind as usize] += 1;
+        self.report.crashes_in_recovery += u64::from(self.running.is_none());
+        {
+            let mut ctl = lock(&self.ctl);
+            ctl.faults = Faults::default();
+            ctl.crashed = false;
+            ctl.crash_at = u64::MAX;
+            ctl.note("crash", &[kind as u64]);
+        }
+        let site = Site {
+            ctl: &self.ctl,
+            stage: &self.stage,
+            backings: &self.backings,
+            clock: &self.clock,
+            latency_ns: self.latency_ns,
+        };
+        let remains = self.running.take().map(|running| {
+            self.report.sometimes.add(&running.sometimes());
+            match kind {
+                CrashKind::Power => running.power_cut(&site),
+                _ => running.kill(&site),
+            }
+        });
+        match kind {
+            CrashKind::Power => {
+                if remains.is_none() {
+                    let mut rng = Rng::new(lock(&self.ctl).rng.next(), 6);
+                    std::iter::once(&self.stage)
+                        .chain(&self.backings)
+                        .for_each(|d| d.power_cut(&[], &mut rng));
+                }
+                self.boot += 1;
+                self.arenas.0.clear();
+                self.unanswered.clear();
+                self.required = self.model.durable();
+            }
+            CrashKind::Kill | CrashKind::KillWithoutArena => {
+                if let Some(remains) = remains {
+                    self.required = self.model.acknowledged().max(remains.published);
+                    self.unanswered.extend(remains.unanswered);
+                    // Reads that only the check asked for are not asked again.
+                    self.unanswered.retain(|a| a.content.is_some() || self.rng.chance(900));
+                }
+                if kind == CrashKind::KillWithoutArena {
+                    self.arenas.0.clear();
+                    self.arena_lost = true;
+                    self.required = self.model.durable();
+                }
+            }
+        }
+    }
+}
+
+fn running_is_done(running: Option<&Running>) -> bool {
+    running.is_some_and(|r| r.quota == 0 && !r.is_waiting())
+}
