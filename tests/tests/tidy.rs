@@ -66,6 +66,7 @@ const LONG_FUNCTIONS: &[(&str, &str)] = &[
 ];
 /// Files with longer lines, and how many.
 const LONG_LINES: &[(&str, usize)] = &[
+    ("benches/src/bin/report.rs", 3),
     ("driver/src/flush/epoch.rs", 2),
     ("driver/src/format/arena.rs", 1),
     ("driver/src/format/checkpoint.rs", 1),

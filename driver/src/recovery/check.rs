@@ -222,16 +222,21 @@ fn look_at_copy(stage: &dyn Disk, superblock: &Superblock, copy: u32) -> Copy {
 
 fn check_copies(stage: &dyn Disk, superblock: &Superblock, report: &mut CheckReport) {
     let copies: Vec<Copy> = (0..SUPERBLOCK_COPIES).map(|c| look_at_copy(stage, superblock, c)).collect();
+    let bad = copies.iter().filter(|copy| matches!(copy, Copy::Bad(_))).count();
     for (i, copy) in copies.iter().enumerate() {
-        // Copies are updated in order: older ones behind it say that an update was cut short here.
-        let cut_short = copies[i + 1..].iter().any(|c| matches!(c, Copy::Older));
+        // Copies are updated in order, so an update that was cut short leaves one that is torn, current ones before it
+        // and older ones behind it.
+        let (before, behind) = (&copies[..i], &copies[i + 1..]);
+        let cut_short = bad == 1
+            && (behind.iter().all(|c| matches!(c, Copy::Older)) || before.is_empty())
+            && before.iter().all(|c| matches!(c, Copy::Current));
         match copy {
             Copy::Current => report.superblock_copies += 1,
             Copy::Older => report.notes.push(format!(
                 "superblock copy {i} is of an earlier update, which was cut short; the next attach writes it again"
             )),
             Copy::Bad(what) if cut_short => report.notes.push(format!(
-                "superblock copy {i} {what}: its update was cut short; the next attach writes it again"
+                "superblock copy {i} {what}, as an update that is cut short leaves it; the next attach writes it again"
             )),
             Copy::Bad(what) => {
                 let offset = superblock.geometry.superblock_offset(i as u32);
@@ -258,22 +263,27 @@ fn check_checkpoints(
     report.checkpoints = valid().count() as u32;
     let oldest = valid().map(|c| c.sequence).min().unwrap_or(0);
     let newest = valid().max_by_key(|c| c.sequence).cloned();
+    let mut unexplained = Vec::new();
     for (slot, (bytes, found)) in (0..CHECKPOINT_SLOTS).zip(&slots) {
         let at = Some(checkpoint_offset(slot));
-        match (bytes, found, &newest) {
-            (_, Some(_), _) => {}
-            (Err(error), ..) => {
+        match bytes {
+            Ok(_) if found.is_some() => {}
+            Err(error) => {
                 report.problem(stage, at, format!("checkpoint slot {slot}: {}", error.report()), REWRITTEN);
             }
-            (Ok(bytes), None, None) => {
-                if !is_blank(bytes) {
-                    report.problem(stage, at, format!("the checkpoint in slot {slot} is damaged"), RESTORE);
-                }
+            Ok(_) if newest.as_ref().is_some_and(|newest| was_valid(slot, oldest, newest.sequence)) => {
+                let what =
+                    format!("an earlier checkpoint, in slot {slot}, is damaged; the newest one counts");
+                report.problem(stage, at, what, REWRITTEN);
             }
-            (Ok(bytes), None, Some(newest)) => {
-                check_missing_checkpoint(stage, slot, bytes, (oldest, newest.sequence), report);
-            }
+            Ok(bytes) if !is_blank(bytes) => unexplained.push(slot),
+            Ok(_) => {}
         }
+    }
+    if !unexplained.is_empty() {
+        report.notes.push(format!(
+            "checkpoint slots {unexplained:?} hold none that is valid: never used, cut short while written, or damaged"
+        ));
     }
     if newest.is_none() {
         let what =
@@ -283,25 +293,12 @@ fn check_checkpoints(
     newest
 }
 
-/// Judges a slot without a valid checkpoint, when valid ones run from `oldest` to `newest`.
-fn check_missing_checkpoint(
-    stage: &dyn Disk,
-    slot: u32,
-    bytes: &[u8],
-    (oldest, newest): (u64, u64),
-    report: &mut CheckReport,
-) {
+/// Whether the slot once held a checkpoint between the oldest and the newest valid ones. The slot that comes next may
+/// be torn.
+fn was_valid(slot: u32, oldest: u64, newest: u64) -> bool {
     let slots = u64::from(CHECKPOINT_SLOTS);
     let age = (newest % slots + slots - u64::from(slot)) % slots;
-    if newest.checked_sub(age).is_some_and(|expected| expected > oldest && age < slots - 1) {
-        let what = format!("an earlier checkpoint, in slot {slot}, is damaged; checkpoint {newest} counts");
-        report.problem(stage, Some(checkpoint_offset(slot)), what, REWRITTEN);
-    } else if !is_blank(bytes) {
-        report.notes.push(format!(
-            "checkpoint slot {slot} holds none that is valid: its write was cut short, or it is damaged, or it was \
-             never used; checkpoint {newest} counts"
-        ));
-    }
+    age < slots - 1 && newest.checked_sub(age).is_some_and(|expected| expected > oldest)
 }
 
 fn check_end(

@@ -246,6 +246,20 @@ fn damaged_superblock_copies_are_found() {
 }
 
 #[test]
+fn the_first_or_last_copy_alone_may_be_torn_by_an_update() {
+    for copy in 0..SUPERBLOCK_COPIES {
+        let stage = SampleStage::filled();
+        stage.disk.flip(stage.superblock.geometry.superblock_offset(copy) + 5000, 1);
+        let report = check_alone(&stage);
+        assert_eq!((report.is_sound(), report.superblock_copies), (copy == 0 || copy == 3, 3), "copy {copy}");
+        assert!(report.is_sound() || report.problems[0].what.contains("is damaged"));
+        if report.is_sound() {
+            assert_note(&report, &format!("superblock copy {copy} is damaged, as an update"));
+        }
+    }
+}
+
+#[test]
 fn an_update_of_the_superblock_that_was_cut_short_is_a_note() {
     let stage = SampleStage::filled();
     let newer = Superblock { sequence: 10, ..stage.superblock.clone() };
@@ -254,7 +268,7 @@ fn an_update_of_the_superblock_that_was_cut_short_is_a_note() {
     let report = check_alone(&stage);
     assert!(report.is_sound(), "{:#?}", report.problems);
     assert_eq!(report.superblock_copies, 1);
-    assert_note(&report, "superblock copy 1 is damaged: its update was cut short");
+    assert_note(&report, "superblock copy 1 is damaged, as an update that is cut short leaves it");
     assert_note(&report, "superblock copy 3 is of an earlier update");
 }
 
@@ -307,7 +321,7 @@ fn a_checkpoint_that_was_cut_short_is_a_note() {
     stage.disk.flip(checkpoint_offset(2) + 100, 1);
     let report = check_alone(&stage);
     assert!(report.is_sound(), "{:#?}", report.problems);
-    assert_note(&report, "checkpoint slot 2 holds none that is valid");
+    assert_note(&report, "checkpoint slots [2] hold none that is valid");
 }
 
 #[test]
