@@ -13,7 +13,7 @@ use tidegate_driver::volume::{VolumeDoor, Wake};
 use tidegate_ublk::{DeviceConfig, DoorFactory};
 use uuid::Uuid;
 
-pub use crate::stub::{Problem, check, inspect};
+pub use tidegate_driver::recovery::{Problem, check, inspect};
 pub use tidegate_driver::volume::admin::{
     NewVolume, StageOptions, add_volume, create_stage, read_superblock, remove_volume,
 };
