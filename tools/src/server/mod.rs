@@ -17,8 +17,10 @@ mod state;
 pub mod supervise;
 
 use std::fs::{File, OpenOptions};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -103,6 +105,8 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
     };
     let signals = Signals::block()?;
     start_logging();
+    // While its socket can be reached: /run is among the mounts that are dropped.
+    let systemd = systemd_socket();
     namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
     let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
     server.recover_devices();
@@ -116,15 +120,28 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
         }
     };
     print_device(entry, &device, json)?;
-    tell_systemd("READY=1");
+    tell_systemd(systemd.as_ref(), "READY=1");
     control::run(&server, &listener, &signals)
 }
 
-/// Tells systemd, if it started this process and wants to know.
-fn tell_systemd(state: &str) {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(state.as_bytes(), path));
-    if let Err(e) = sent {
+/// A socket to systemd, if it started this process and wants to know how it does.
+fn systemd_socket() -> Option<UnixDatagram> {
+    let path = std::env::var_os("NOTIFY_SOCKET")?;
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    };
+    let connected = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        Ok(socket)
+    });
+    connected.inspect_err(|e| tracing::warn!("cannot reach systemd at {}: {e}", path.display())).ok()
+}
+
+/// Tells systemd.
+fn tell_systemd(socket: Option<&UnixDatagram>, state: &str) {
+    if let Some(Err(e)) = socket.map(|socket| socket.send(state.as_bytes())) {
         tracing::warn!("cannot notify systemd: {e}");
     }
 }
