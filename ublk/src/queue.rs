@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -314,7 +315,9 @@ pub(crate) fn run<F: DoorFactory>(setup: QueueSetup, factory: &F, ready: &SyncSe
             "{}; aborting, to be recovered",
             e.report()
         );
-        eprintln!(
+        // To whoever watches; that nobody can be told is no reason to panic.
+        let _ = writeln!(
+            std::io::stderr(),
             "tidegate: ublk device {} queue {}: {}; aborting",
             setup.device_id,
             setup.queue,

@@ -1,5 +1,6 @@
 //! `delete`: takes a volume off its stage and forgets its name. Files and devices are the user's and stay.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
@@ -38,7 +39,7 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
         registry.stage_dir(entry.stage_uuid).remove();
     }
     if let Some(note) = note {
-        eprintln!("tidegate: note: {note}");
+        let _ = writeln!(std::io::stderr(), "tidegate: note: {note}");
     }
     report::line(format!("deleted volume '{}'; its data stay on {}", args.name, entry.backing.display()))?;
     if !others {

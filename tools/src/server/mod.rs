@@ -51,13 +51,15 @@ pub fn open_log(dir: &StageDir) -> Result<File> {
         .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))
 }
 
-/// Sends events to standard error, which is the log file of a server in the background.
+/// Sends events to standard error, which is the log file of a server in the background. One that cannot be written (full
+/// file system, closed terminal) is lost: complaining about it, to the same place, would panic.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_env("TIDEGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // Fails if it was started before, which is fine.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .try_init();
 }
@@ -119,7 +121,10 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
             return Err(e);
         }
     };
-    print_device(entry, &device, json)?;
+    if let Err(e) = print_device(entry, &device, json) {
+        // It is served all the same.
+        tracing::warn!("{}", e.report());
+    }
     tell_systemd(systemd.as_ref(), "READY=1");
     control::run(&server, &listener, &signals)
 }
