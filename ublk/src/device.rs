@@ -250,13 +250,22 @@ impl Device {
             return Ok(());
         }
         let mut control = Control::open()?;
-        match mode {
-            StopMode::Force => control.stop(self.device_id)?,
-            StopMode::RefuseIfOpen => self.stop_unless_open(&mut control)?,
+        let stopped = match mode {
+            StopMode::Force => control.stop(self.device_id),
+            StopMode::RefuseIfOpen => self.stop_unless_open(&mut control),
+        };
+        match stopped {
+            // Somebody else has stopped or deleted it: the threads end, or have.
+            Err(e) if e.kind() == ErrorKind::NotFound || (e.kind() != ErrorKind::Busy && self.ended()) => {}
+            stopped => stopped?,
         }
         self.join();
         // Whoever still has the block device open (force) keeps its number taken, and must not keep us waiting.
-        if !Control::delete_in_use(self.device_id)? {
+        let deleted = match Control::delete_in_use(self.device_id) {
+            Err(e) if e.kind() == ErrorKind::NotFound => true,
+            deleted => deleted?,
+        };
+        if !deleted {
             tracing::warn!(
                 device = self.device_id,
                 "stopped while open: the number is free once it is closed"
