@@ -129,18 +129,24 @@ pub fn ask_or_start(
     let mut child: Option<Child> = None;
     let mut give_up = Instant::now() + RETRY;
     let mut noted = false;
+    let mut asked = false;
     let begun = Instant::now();
     loop {
         if let Some(client) = Client::connect(&dir) {
             match client.ask_unless_gone(request.clone()) {
+                // The one that ended before it answered had done it.
+                Some(Err(e)) if asked && e.kind() == ErrorKind::NotFound && is_detach(request) => {
+                    return Ok(Reply::Done);
+                }
                 Some(outcome) => return outcome,
                 None if Instant::now() >= give_up => return client.ask(request.clone()),
-                None => {}
+                None => asked = true,
             }
         } else if let Some(started) = &mut child {
             let ended = started.try_wait().map_err(|e| Error::io("cannot watch the supervisor", e))?;
             if let Some(status) = ended {
-                if status.code() != Some(i32::from(server::supervise::ALREADY)) {
+                // One that ended in order had nothing to serve when it did: the next one has.
+                if !status.success() && status.code() != Some(i32::from(server::supervise::ALREADY)) {
                     return Err(start_failure(&dir));
                 }
                 child = None;
@@ -161,6 +167,10 @@ pub fn ask_or_start(
         }
         std::thread::sleep(POLL);
     }
+}
+
+fn is_detach(request: &Request) -> bool {
+    matches!(request, Request::Detach { .. })
 }
 
 fn start_failure(dir: &StageDir) -> Error {
