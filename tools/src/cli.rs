@@ -117,7 +117,8 @@ Examples:
 
 const DETACH_HELP: &str = "\
 Refused while the device is mounted or open. What is not on the backing yet is flushed first; --no-flush leaves it in
-the stage, from where the next attach serves it.
+the stage, from where the next attach serves it. --force ends the device under whoever uses it: their further requests
+fail, and what they had not synced may be lost. What was accepted is kept.
 
 Examples:
   umount /srv/db && tidegate detach db
@@ -234,6 +235,9 @@ pub struct Detach {
     /// Leave in the stage what is not on the backing yet
     #[arg(long)]
     pub no_flush: bool,
+    /// Take the device away from whoever uses it, and without a server if none can be started
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `status`.

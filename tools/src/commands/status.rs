@@ -203,6 +203,7 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id))
     });
     let state = match (server, device, left) {
+        (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
         (Some(_), Some(_), _) => State::Attached,
         (Some(_), None, _) => State::Detached,
         (None, _, _) if known.supervised => State::Recovering,
@@ -234,7 +235,11 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         stage: entry.stage.display().to_string(),
         stage_uuid: entry.stage_uuid,
         backing: entry.backing.display().to_string(),
-        problem: counters.and_then(|v| v.problem.clone()).or(missing).or(unread),
+        problem: counters
+            .and_then(|v| v.problem.clone())
+            .or(device.and_then(|d| d.problem.clone()))
+            .or(missing)
+            .or(unread),
         reads: counters.map_or(0, |v| v.reads),
         writes: counters.map_or(0, |v| v.writes),
         discards: counters.map_or(0, |v| v.discards),

@@ -74,7 +74,7 @@ pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
         let mut server = Server::open(registry, args.stage.stage, args.stage.accept_loss)?;
         server.set_supervisor(args.supervisor);
         let server = Arc::new(server);
-        server.recover_devices();
+        server.recover_devices()?;
         let listener = crate::client::listen(&dir)?;
         Ok((server, listener))
     })();
@@ -111,7 +111,7 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
     let systemd = systemd_socket();
     namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
     let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
-    server.recover_devices();
+    server.recover_devices()?;
     let listener = crate::client::listen(&dir)?;
     server.note_runtime();
     let device = match server.attach(&entry.name) {
