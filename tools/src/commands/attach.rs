@@ -18,6 +18,8 @@ use crate::{engine, paths, report, server};
 
 /// How long the server may vanish under our eyes before that is an error.
 const RETRY: Duration = Duration::from_secs(60);
+/// The same for `detach --force`, which knows what to do then.
+const RETRY_FORCED: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 
 /// `attach`.
@@ -155,6 +157,14 @@ pub fn ask_or_start(
                 give_up = Instant::now() + RETRY;
             }
         } else if dir.is_supervised() {
+            // It starts one server after the other, for the sake of clients that wait: that may take a repair.
+            let is_forced = matches!(request, Request::Detach { force: true, .. });
+            let patience = if is_forced { RETRY_FORCED } else { RETRY };
+            if begun.elapsed() > patience
+                && let Some(e) = dir.start_error()?
+            {
+                return Err(e.within("the server cannot be started, which is tried again and again"));
+            }
             give_up = Instant::now() + RETRY;
         } else if Instant::now() >= give_up {
             return Err(start_failure(&dir));

@@ -88,8 +88,10 @@ fn exists(entry: &Entry) -> Result<bool> {
 
 /// Ends a device that waits for a server which cannot be started because of `problem`.
 fn end_without_server(dir: &StageDir, entry: &Entry, problem: Error) -> Result<()> {
-    // A server that is there has decided.
-    let Some(_lock) = dir.try_lock()? else { return Err(problem) };
+    // A server that is there has decided. A supervisor alone may be at its next attempt: that finds the device gone.
+    if Client::connect(dir).is_some() {
+        return Err(problem);
+    }
     let Some((device_id, _)) = engine::device_of(entry.volume_uuid)? else { return Err(problem) };
     tidegate_ublk::delete(device_id)?;
     if let Some(mut runtime) = dir.runtime()? {
