@@ -10,7 +10,6 @@ use std::time::Instant;
 use tidegate_driver::base::checksum::crc64;
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::Disk;
 use tidegate_driver::io::file::FileDisk;
 use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use tidegate_driver::volume::{Engine, EngineConfig, LocalClient, Request, RequestKind};

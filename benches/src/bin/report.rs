@@ -162,6 +162,9 @@ fn svg(series: &[Series]) -> String {
         );
     }
     let one = 400.0 + scale;
-    let _ = writeln!(out, "<line class=\"one\" x1=\"{one:.0}\" y1=\"30\" x2=\"{one:.0}\" y2=\"{height}\"/>\n</svg>");
+    let _ = writeln!(
+        out,
+        "<line class=\"one\" x1=\"{one:.0}\" y1=\"30\" x2=\"{one:.0}\" y2=\"{height}\"/>\n</svg>"
+    );
     out
 }

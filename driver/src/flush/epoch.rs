@@ -44,6 +44,8 @@ const ZERO_BYTES_MAX: u64 = 1 << 30;
 pub struct FlushTarget {
     /// The label as last written with success.
     pub label: Label,
+    /// The highest LSN that a label written here has named, with success or not: labels never go back.
+    pub attempted: Lsn,
     /// Smallest unit of its device.
     pub block_bytes: u32,
     /// Whether it can zero without data.
@@ -289,7 +291,7 @@ impl EpochRun {
                 for (volume, _) in &self.plans {
                     if let Some(target) = io.targets.get_mut(volume) {
                         target.label.sequence += 1;
-                        target.label.flushed_lsn = self.epoch.to;
+                        target.label.flushed_lsn = target.attempted;
                     }
                 }
                 Phase::Finished
@@ -482,10 +484,14 @@ impl EpochRun {
         let Some((volume, _)) = self.plans.get(self.cursor) else { return false };
         self.cursor += 1;
         let volume = *volume;
-        let target = io.targets.get(&volume).expect("a planned volume has a target");
+        let target = io.targets.get_mut(&volume).expect("a planned volume has a target");
+        target.attempted = target.attempted.max(self.epoch.to);
         // The sequence moves on only when the epoch succeeds: attempts use one slot and leave the other whole.
-        let label =
-            Label { sequence: target.label.sequence + 1, flushed_lsn: self.epoch.to, ..target.label.clone() };
+        let label = Label {
+            sequence: target.label.sequence + 1,
+            flushed_lsn: target.attempted,
+            ..target.label.clone()
+        };
         let offset = label_offset(label.volume_bytes, label.slot());
         let buf = AlignedBuf::from_slice(label.encode().as_bytes());
         self.write(Target::Backing(volume), OpKind::Write, offset, buf, submit);

@@ -138,7 +138,8 @@ impl Checkpoint {
         let valid = image.magic == CHECKPOINT_MAGIC
             && image.slot.get() == slot
             && checkpoint.slot() == slot
-            && checkpoint.head.seq.0 > 0;
+            && checkpoint.head.seq.0 > 0
+            && checkpoint.head.first_lsn.0 > 0;
         valid.then_some(checkpoint)
     }
 }

@@ -9,7 +9,7 @@
 //!  32  [16]  stage UUID
 //!  48  [16]  volume UUID
 //!  64  u64   volume size in bytes
-//!  72  u64   flushed LSN: end of the last epoch that began to write here
+//!  72  u64   flushed LSN: highest end of an epoch that came to the sync of this backing, with success or not
 //!  80  [64]  volume name
 //! 144  [3952] reserved
 //! ```
@@ -90,7 +90,7 @@ pub struct Label {
     pub volume_uuid: Uuid,
     /// Size of the volume.
     pub volume_bytes: u64,
-    /// End of the last epoch that began to write here.
+    /// Highest end of an epoch that came to the sync of this backing, with success or not.
     pub flushed_lsn: Lsn,
     /// Name of the volume.
     pub name: String,

@@ -60,6 +60,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::record::{Record, RecordKind};
 use super::{Sealed, VERSION};
+use crate::base::limits::VOLUME_BYTES_MAX;
 use crate::base::units::align_up;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 
@@ -137,6 +138,7 @@ impl RegionStart {
         let valid = header.magic.get() == REGION_MAGIC
             && header.slot.get() == slot
             && seq.0 > 0
+            && header.first_lsn.get() > 0
             && seq.slot(region_count) == slot;
         valid.then(|| RegionStart {
             seq,
@@ -198,7 +200,8 @@ impl TableEntry {
         let start = self.volume_offset.get();
         let end = start.checked_add(self.length.get())?;
         let kind = RecordKind::from_code(self.kind)?;
-        kind.lengths_fit(end - start, self.payload_bytes.get()).then_some((kind, ByteRange { start, end }))
+        let fits = kind.lengths_fit(end - start, self.payload_bytes.get()) && end <= VOLUME_BYTES_MAX;
+        fits.then_some((kind, ByteRange { start, end }))
     }
 }
 

@@ -11,6 +11,10 @@ pub trait Disk: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]) -> Result<()>;
     /// Makes every completed write durable.
     fn sync(&self) -> Result<()>;
+    /// Forgets what is cached of the device's content without being on it, so that what is read afterwards is there.
+    fn drop_cache(&self) -> Result<()> {
+        Ok(())
+    }
     /// Size in bytes.
     fn len_bytes(&self) -> u64;
     /// Smallest unit of direct access in bytes: what a partial write may tear.

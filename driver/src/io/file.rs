@@ -384,6 +384,17 @@ impl Disk for FileDisk {
         self.file.sync_data().map_err(|e| self.error("sync", 0, 0, e))
     }
 
+    fn drop_cache(&self) -> Result<()> {
+        if self.direct {
+            return Ok(());
+        }
+        // A page whose write-back failed is clean and newer than the device. A file that cannot be synced was opened to look.
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        let _ = self.sync();
+        nix::fcntl::posix_fadvise(&*self.file, 0, 0, advice)
+            .map_err(|e| self.error("drop the cache of", 0, 0, e.into()))
+    }
+
     fn len_bytes(&self) -> u64 {
         self.len_bytes.load(Ordering::Acquire)
     }

@@ -469,13 +469,21 @@ impl Drop for Reactor {
         let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(CANCEL);
         // SAFETY: a cancellation has no memory.
         unsafe { self.push_entry(&cancel) };
+        let mut cancel_again = false;
         let deadline = Instant::now() + DRAIN_CANCELLED;
         while !self.slab.is_empty() || self.wake.is_armed() {
+            if std::mem::take(&mut cancel_again) {
+                // SAFETY: as above.
+                unsafe { self.push_entry(&cancel) };
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.submit_and_wait(Some(left)).is_err() {
                 break;
             }
-            while self.next_event().is_some() {}
+            while let Some(event) = self.next_event() {
+                // A wake-up that came first has armed the read once more, behind the cancellation.
+                cancel_again |= matches!(event, Event::Wake);
+            }
             drained |= self.slab.is_empty();
         }
         if !drained {

@@ -3,8 +3,9 @@
 //! Order, and why:
 //! 1. read superblock, log, patch zone, labels; refuse what does not fit together. Nothing is written until here, so a
 //!    refusal leaves everything as it was;
-//! 2. sync the stage: what was read may sit in the device's volatile cache, written by a process that was killed before
-//!    its sync; from now on it counts as durable;
+//! 2. sync the stage and the backings: what was read may sit in a device's volatile cache, written by a process that was
+//!    killed before its sync; from now on it counts as durable. For a backing that is its newest label: the next one goes
+//!    to the other slot, over the only label that was durable;
 //! 3. write the patch zone's images to the backings, if their epoch is unfinished, and sync them (idempotent);
 //! 4. find or make the arena; append to the log what only the arena holds;
 //! 5. write the superblock: new incarnation, in use. From here on groups of the earlier incarnation that were given up
@@ -82,7 +83,9 @@ pub fn open(
     arenas: &mut dyn ArenaSource,
     environment: Environment,
 ) -> Result<Opened> {
+    stage.drop_cache()?;
     let read = superblocks::read(stage)?;
+    check_block(stage, &read.superblock)?;
     let mut superblock = read.superblock.clone();
     let mut report =
         RecoveryReport { clean: superblock.state == StageState::Clean, ..RecoveryReport::default() };
@@ -91,18 +94,24 @@ pub fn open(
 
     let mut records = Vec::new();
     let mut log = scan(stage, &superblock, &mut |found| records.push(*found))?;
+    log.checkpoint.flushed.retain(|id, _| indexes.contains_key(id));
     for found in records.iter().filter(|f| f.lsn > log.checkpoint.lsn) {
         report.records_from_log += 1;
         index_record(&mut indexes, found);
     }
     let log_end = Lsn(log.next_lsn.0 - 1);
     check_closed_end(stage, &superblock, log_end)?;
-    let targets = check_backings(&superblock, &log.checkpoint, log_end, backings, &indexes)?;
+    let mut unusable = BTreeMap::new();
+    let targets = check_backings(&superblock, &log.checkpoint, log_end, backings, &mut unusable)?;
+    check_staged(&indexes, &mut unusable)?;
     let found_arena = find_arena(&superblock, arenas, environment)?;
 
     stage.sync()?;
+    for backing in backings.values() {
+        backing.sync()?;
+    }
     report.superblocks_repaired = superblocks::repair(stage, &read)?;
-    report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings)?;
+    report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings, &targets)?;
 
     superblock.sequence += 1;
     superblock.incarnation += 1;
@@ -113,7 +122,7 @@ pub fn open(
         Some(arena) => {
             report.arena_used = true;
             let before = log.next_lsn;
-            let closed = extend_from_arena(&mut log, &arena, &read.superblock, &mut indexes);
+            let closed = extend_from_arena(&mut log, &arena, &read.superblock, &mut indexes)?;
             report.records_from_arena = log.next_lsn.0 - before.0;
             (arena, closed)
         }
@@ -126,6 +135,7 @@ pub fn open(
             (arena, Vec::new())
         }
     };
+    check_staged(&indexes, &mut unusable)?;
     superblock.incarnation_lsn = log.next_lsn;
     let rules = rules_of(&superblock);
     superblocks::write(stage, &superblock)?;
@@ -134,6 +144,13 @@ pub fn open(
     report.regions_by_table = log.by_table;
     report.regions_by_scan = log.by_scan;
     report.notes.append(&mut log.notes);
+    report
+        .notes
+        .extend(unusable.values().map(|error| format!("a volume cannot be used: {}", error.report())));
+    if report.superblocks_repaired > 0 {
+        let count = report.superblocks_repaired;
+        report.notes.push(format!("{count} damaged or old superblock copies were repaired from the others"));
+    }
     let tail =
         RingTail { regions: log.regions, closed, next_lsn: log.next_lsn, next_group_seq: log.next_group_seq };
     let ring = Ring::resume(superblock.geometry, tail);
@@ -153,6 +170,21 @@ fn index_record(indexes: &mut BTreeMap<VolumeId, Index>, found: &Found) {
     if let (Some(source), Some(index)) = (source, indexes.get_mut(&found.volume)) {
         index.insert(Extent { range: found.range, lsn: found.lsn, source });
     }
+}
+
+fn check_block(stage: &dyn Disk, superblock: &Superblock) -> Result<()> {
+    let (device, log) = (stage.block_bytes(), superblock.geometry.block_bytes);
+    if device <= log {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!(
+            "{} has blocks of {device} bytes, the stage on it was made for blocks of {log}: copy it to a device with blocks of \
+             at most {log} bytes",
+            stage.name()
+        ),
+    ))
 }
 
 fn check_closed_end(stage: &dyn Disk, superblock: &Superblock, log_end: Lsn) -> Result<()> {
@@ -196,6 +228,18 @@ pub fn check_label(
     checkpoint: &Checkpoint,
     log_end: Lsn,
 ) -> Result<Label> {
+    let label = check_identity(superblock, volume, backing, checkpoint)?;
+    check_log_reaches(volume, &label, &backing.name(), log_end)?;
+    Ok(label)
+}
+
+/// Checks that `backing` is the one of `volume` and not an old copy of it.
+fn check_identity(
+    superblock: &Superblock,
+    volume: &VolumeInfo,
+    backing: &dyn Disk,
+    checkpoint: &Checkpoint,
+) -> Result<Label> {
     let name = backing.name();
     let wrong = |what: String| Error::new(ErrorKind::WrongDevice, what);
     let needed = backing_bytes_for(volume.size_bytes);
@@ -227,43 +271,72 @@ pub fn check_label(
             volume.name, label.flushed_lsn
         )));
     }
-    if label.flushed_lsn > log_end {
-        return Err(wrong(format!(
-            "the stage is an old copy or lost its end: its log ends at LSN {log_end}, but {name}, the backing of '{}', was \
-             flushed up to LSN {}; bring back the current stage",
-            volume.name, label.flushed_lsn
-        )));
-    }
     Ok(label)
 }
 
+/// Checks that the log reaches what the backing of `volume` says was flushed from it.
+fn check_log_reaches(volume: &VolumeInfo, label: &Label, name: &str, log_end: Lsn) -> Result<()> {
+    if label.flushed_lsn > log_end {
+        return Err(Error::new(
+            ErrorKind::WrongDevice,
+            format!(
+                "the stage is an old copy or lost its end: its log ends at LSN {log_end}, but {name}, the backing of '{}', was \
+             flushed up to LSN {}; bring back the current stage",
+                volume.name, label.flushed_lsn
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// What is known of the backings that are there and right. A backing that is missing or wrong keeps only its own volume
+/// from being used, as long as nothing is staged for it: that is remembered in `unusable`.
 fn check_backings(
     superblock: &Superblock,
     checkpoint: &Checkpoint,
     log_end: Lsn,
     backings: &BTreeMap<VolumeId, &dyn Disk>,
-    indexes: &BTreeMap<VolumeId, Index>,
+    unusable: &mut BTreeMap<VolumeId, Error>,
 ) -> Result<BTreeMap<VolumeId, FlushTarget>> {
     let mut targets = BTreeMap::new();
     for volume in &superblock.volumes {
         let Some(backing) = backings.get(&volume.id) else {
-            if indexes[&volume.id].is_empty() {
-                continue;
-            }
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!(
-                    "volume '{}' has writes in the stage, but its backing {} is not there; the volumes of a stage share one \
-                     order, so all backings with staged writes are needed",
-                    volume.name, volume.backing
-                ),
-            ));
+            let what = format!("the backing {} of volume '{}' is not there", volume.backing, volume.name);
+            unusable.insert(volume.id, Error::new(ErrorKind::NotFound, what));
+            continue;
         };
-        let label = check_label(superblock, volume, *backing, checkpoint, log_end)?;
-        let block_bytes = backing.block_bytes();
-        targets.insert(volume.id, FlushTarget { label, block_bytes, zeroes: true, discards: true });
+        match check_identity(superblock, volume, *backing, checkpoint) {
+            Ok(label) => {
+                check_log_reaches(volume, &label, &backing.name(), log_end)?;
+                let block_bytes = backing.block_bytes();
+                let attempted = label.flushed_lsn;
+                targets.insert(
+                    volume.id,
+                    FlushTarget { label, attempted, block_bytes, zeroes: true, discards: true },
+                );
+            }
+            Err(error) => {
+                unusable.insert(volume.id, error);
+            }
+        }
     }
     Ok(targets)
+}
+
+/// Refuses the stage if something is staged for a volume whose backing cannot be used: the volumes of a stage share one
+/// order, so none could be flushed past it.
+fn check_staged(indexes: &BTreeMap<VolumeId, Index>, unusable: &mut BTreeMap<VolumeId, Error>) -> Result<()> {
+    let staged = |id: &VolumeId| indexes.get(id).is_some_and(|index| !index.is_empty());
+    let Some(id) = unusable.keys().copied().find(staged) else { return Ok(()) };
+    let error = unusable.remove(&id).expect("found above");
+    Err(Error::new(
+        error.kind(),
+        format!(
+            "{}; it has writes in the stage, and the volumes of a stage share one order, so all backings with staged writes \
+             are needed",
+            error.report()
+        ),
+    ))
 }
 
 /// The arena of the previous server, if it should still be there and is.
@@ -300,6 +373,7 @@ fn restore_patches(
     superblock: &Superblock,
     checkpoint: &Checkpoint,
     backings: &BTreeMap<VolumeId, &dyn Disk>,
+    targets: &BTreeMap<VolumeId, FlushTarget>,
 ) -> Result<u64> {
     let mut zone = vec![0; superblock.geometry.patch_bytes as usize];
     stage.read(PATCH_OFFSET, &mut zone)?;
@@ -309,13 +383,15 @@ fn restore_patches(
     }
     let mut restored = 0;
     for image in &images {
-        if let Some(backing) = backings.get(&image.volume) {
+        if let Some(backing) = backings.get(&image.volume).filter(|_| targets.contains_key(&image.volume)) {
             backing.write(image.offset, &image.bytes)?;
             restored += 1;
         }
     }
-    for (_, backing) in backings.iter().filter(|(id, _)| images.iter().any(|image| image.volume == **id)) {
-        backing.sync()?;
+    for (id, backing) in backings {
+        if targets.contains_key(id) && images.iter().any(|image| image.volume == *id) {
+            backing.sync()?;
+        }
     }
     Ok(restored)
 }
@@ -337,12 +413,13 @@ fn extend_from_arena(
     arena: &Arena,
     superblock: &Superblock,
     indexes: &mut BTreeMap<VolumeId, Index>,
-) -> Vec<ClosedGroup> {
+) -> Result<Vec<ClosedGroup>> {
     let geometry = superblock.geometry;
     let rules = &rules_of(superblock);
     let mut closed = Vec::new();
     let tail = *log.regions.last().expect("a log has a region");
     // The log's bytes are proven; the arena's copy of them is not.
+    arena.allocate(tail.start.seq)?;
     arena.put(tail.start.seq, 0, &log.tail_image);
     loop {
         let region = log.regions.last_mut().expect("a log has a region");
@@ -372,9 +449,17 @@ fn extend_from_arena(
             let (lsn, volume, kind, range) = (record.lsn, record.volume, record.kind, record.range);
             index_record(indexes, &Found { lsn, volume, kind, range, region: seq, record_offset });
         }
-        if log.regions.len() == geometry.region_count as usize
-            || !goes_on(arena, seq.next(), log.next_lsn, rules)
-        {
+        // What lies between and behind the records was never accepted, and is destroyed: an LSN of it may become one that
+        // later incarnations admit.
+        for group in &groups {
+            arena.zero(seq, group.records_end, group.records_end.next_multiple_of(geometry.block_bytes));
+        }
+        arena.zero(seq, region.data_end, arena.region_bytes());
+        if log.regions.len() == geometry.region_count as usize {
+            break;
+        }
+        arena.allocate(seq.next())?;
+        if !goes_on(arena, seq.next(), log.next_lsn, rules) {
             break;
         }
         log.regions.push(RegionState {
@@ -391,7 +476,7 @@ fn extend_from_arena(
             table: TableState::Missing,
         });
     }
-    closed
+    Ok(closed)
 }
 
 /// Whether the slot of region `seq` starts with the record `lsn` of that region.

@@ -157,6 +157,14 @@ impl Scanner<'_> {
                 first = RegionSeq(first.0 - 1);
             }
             let start = at(first).expect("the oldest whole region");
+            let known = self.checkpoint_in(at(newest).expect("the newest region"))?;
+            if known.next() < start.first_lsn {
+                let what = format!(
+                    "the newest checkpoint is damaged, and the regions before this one are missing although only LSN {known} \
+                     is known to be flushed"
+                );
+                return Err(self.damaged(first, 0, &what));
+            }
             notes.push(format!(
                 "checkpoint {} is older than the log; the log is used from its oldest region {first} on",
                 checkpoint.sequence
@@ -218,6 +226,7 @@ impl Scanner<'_> {
             log.next_group_seq = start.first_group_seq + u64::from(region.group_count);
             log.regions.push(region);
         }
+        self.check_nothing_follows(&log)?;
         if log.next_lsn <= log.checkpoint.lsn {
             let last = chain.last().expect("a log has a region").seq;
             let what = format!(
@@ -228,6 +237,35 @@ impl Scanner<'_> {
             return Err(self.damaged(last, log.regions.last().expect("a region").data_end, &what));
         }
         Ok(log)
+    }
+
+    /// Looks into the slot behind the last region: if that region's header was damaged, its groups would be missed. A first
+    /// group that was torn has the next number; a higher one proves that it had been durable.
+    fn check_nothing_follows(&self, log: &ScannedLog) -> Result<()> {
+        if log.regions.len() == self.geometry.region_count as usize {
+            return Ok(());
+        }
+        let seq = log.regions.last().expect("a log has a region").start.seq.next();
+        let mut image = vec![0; self.geometry.region_bytes as usize];
+        self.disk.read(self.geometry.region_offset(seq), &mut image)?;
+        let from = self.geometry.block_bytes;
+        match later_group(&image, from, seq, log.next_group_seq, &self.rules) {
+            None => Ok(()),
+            Some((at, group)) => {
+                let what = format!(
+                    "the region's header is invalid, but group {} at offset {at} exists",
+                    group.group_seq
+                );
+                Err(self.damaged(seq, 0, &what))
+            }
+        }
+    }
+
+    /// The newest checkpoint that the groups of a region speak of.
+    fn checkpoint_in(&self, start: RegionStart) -> Result<Lsn> {
+        let mut image = vec![0; self.geometry.region_bytes as usize];
+        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
+        Ok(walk_region(&image, start, &self.rules).checkpoint_lsn)
     }
 
     /// Reads a region whose header is not there. The header is written together with the first group, so that write was never

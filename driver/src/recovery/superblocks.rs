@@ -67,22 +67,35 @@ pub fn read(disk: &dyn Disk) -> Result<SuperblockRead> {
     Ok(SuperblockRead { superblock: newest, bad_copies })
 }
 
-/// Writes copy after copy, each durable before the next is touched.
+/// Writes copy after copy, each durable before the next is touched. A copy that cannot be written is passed over: it is
+/// what the others are for. Fails if none could be written; then no update may use the same sequence number again.
 pub fn write(disk: &dyn Disk, superblock: &Superblock) -> Result<()> {
-    for copy in 0..SUPERBLOCK_COPIES {
+    let copies: Vec<u32> = (0..SUPERBLOCK_COPIES).collect();
+    write_copies(disk, superblock, &copies).map(|_| ())
+}
+
+fn write_copies(disk: &dyn Disk, superblock: &Superblock, copies: &[u32]) -> Result<u32> {
+    let mut written = 0;
+    let mut failed = None;
+    for &copy in copies {
         let image = superblock.encode(copy);
-        disk.write(superblock.geometry.superblock_offset(copy), image.as_bytes())?;
-        disk.sync()?;
+        let offset = superblock.geometry.superblock_offset(copy);
+        match disk.write(offset, image.as_bytes()).and_then(|()| disk.sync()) {
+            Ok(()) => written += 1,
+            Err(error) => {
+                tracing::warn!("superblock copy {copy} of {}: {}", disk.name(), error.report());
+                failed = Some(error);
+            }
+        }
     }
-    Ok(())
+    match failed {
+        Some(error) if written == 0 => Err(error),
+        _ => Ok(written),
+    }
 }
 
 /// Rewrites the bad copies so that all say the same again. Returns how many.
 pub fn repair(disk: &dyn Disk, read: &SuperblockRead) -> Result<u32> {
-    for &copy in &read.bad_copies {
-        let image = read.superblock.encode(copy);
-        disk.write(read.superblock.geometry.superblock_offset(copy), image.as_bytes())?;
-        disk.sync()?;
-    }
-    Ok(read.bad_copies.len() as u32)
+    // The copy that was read is good, so a bad one that cannot be written does not keep the stage from being used.
+    Ok(write_copies(disk, &read.superblock, &read.bad_copies).unwrap_or(0))
 }

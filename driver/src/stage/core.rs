@@ -268,9 +268,18 @@ impl Core {
 
     /// Gives freed space to those who wait for it, in order.
     pub(super) fn serve_space_waits(&mut self) {
+        if self.committer.has_failed() {
+            let outcomes = &mut self.outcomes;
+            self.space_waits.retain(|wait| {
+                let fail = wait.on_log_error == OnLogError::Fail;
+                if fail {
+                    outcomes.push(Outcome::Refused { door: wait.door, tag: wait.tag, errno: Errno::EIO });
+                }
+                !fail
+            });
+        }
         while let Some(&wait) = self.space_waits.front() {
-            let failed = self.committer.has_failed() && wait.on_log_error == OnLogError::Fail;
-            if self.damaged || failed {
+            if self.damaged {
                 self.outcomes.push(Outcome::Refused { door: wait.door, tag: wait.tag, errno: Errno::EIO });
             } else if let Some(slot) = self.try_claim(wait.payload_bytes) {
                 self.outcomes.push(Outcome::Claimed { door: wait.door, tag: wait.tag, slot });

@@ -1,5 +1,7 @@
 //! The other half of the core: reads, regions coming and going, flush epochs. See `core.rs` for the rules.
 
+use std::collections::BTreeSet;
+
 use super::arena::Arena;
 use super::core::{Core, DoorId, Outcome};
 use super::index::{Index, Source};
@@ -116,15 +118,30 @@ impl Core {
     /// The region that should be brought into memory next: one that a read waits for, else the oldest.
     #[must_use]
     pub fn next_cold_region(&self) -> Option<RegionState> {
-        let wanted =
-            self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq)).find(|r| !r.resident);
-        wanted.or_else(|| self.ring.regions().find(|r| !r.resident)).copied()
+        let wanted = self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq));
+        wanted.chain(self.ring.regions()).find(|r| self.is_needed_cold(r)).copied()
     }
 
-    /// Number of regions that are not in memory.
+    /// Whether a region is not in memory and something in it is not flushed yet.
+    fn is_needed_cold(&self, region: &RegionState) -> bool {
+        !region.resident && region.last_lsn() > self.checkpoint
+    }
+
+    /// Number of regions that are needed and not in memory.
     #[must_use]
     pub fn cold_regions(&self) -> usize {
-        self.ring.regions().filter(|r| !r.resident).count()
+        self.ring.regions().filter(|r| self.is_needed_cold(r)).count()
+    }
+
+    /// The volumes that have something staged.
+    pub fn staged_volumes(&self) -> impl Iterator<Item = VolumeId> {
+        self.indexes.iter().filter(|(_, index)| !index.is_empty()).map(|(volume, _)| *volume)
+    }
+
+    /// The volumes that exist.
+    #[must_use]
+    pub fn volumes(&self) -> BTreeSet<VolumeId> {
+        self.indexes.keys().copied().collect()
     }
 
     /// Region `seq` is in memory now.

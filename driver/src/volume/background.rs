@@ -65,6 +65,8 @@ pub struct BackgroundStatus {
     pub backing_errors: u64,
     /// The backing that fails and how, while it does.
     pub backing_problem: Option<(VolumeId, String)>,
+    /// Writes of the flusher to the stage device that failed.
+    pub stage_errors: u64,
     /// Why the stage device fails, while it does.
     pub stage_problem: Option<String>,
     /// Why the arena cannot get all its memory, while it cannot.
@@ -91,6 +93,7 @@ pub struct Background {
     flush_retry: BackOff,
     log_retry: BackOff,
     allocate_retry: BackOff,
+    held: bool,
     idle_since_ns: u64,
     seen_claimed: Lsn,
     /// Flush everything up to here at once.
@@ -124,6 +127,7 @@ impl Background {
             flush_retry: BackOff::default(),
             log_retry: BackOff::default(),
             allocate_retry: BackOff::default(),
+            held: false,
             idle_since_ns: 0,
             seen_claimed: Lsn::ZERO,
             drain_to: Lsn::ZERO,
@@ -155,6 +159,11 @@ impl Background {
     /// The label of a volume was rewritten (resize).
     pub fn target_mut(&mut self, volume: VolumeId) -> Option<&mut FlushTarget> {
         self.targets.get_mut(&volume)
+    }
+
+    /// Begins no new epoch while `held`.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// The engine's clock.
@@ -267,17 +276,21 @@ impl Background {
 
     fn load(&mut self, submit: &mut dyn FnMut(Op)) {
         while self.loading.is_none() && self.status.damage.is_none() {
-            let Some(region) = self.shared.core.lock().next_cold_region() else {
-                self.arena_reused = false;
-                return;
+            let region = {
+                let core = self.shared.core.lock();
+                let Some(region) = core.next_cold_region() else { return };
+                // The flusher must not get past the region and give its slot away while it is filled.
+                self.shared.arena.pin_raw(region.start.seq);
+                region
             };
+            if let Err(error) = self.shared.arena.allocate(region.start.seq) {
+                self.shared.arena.unpin(region.start.seq);
+                self.status.memory_problem = Some(error.report());
+                return;
+            }
             if self.arena_reused && self.is_whole(&region) {
                 self.loaded(&region);
                 continue;
-            }
-            if let Err(error) = self.shared.arena.allocate(region.start.seq) {
-                self.status.memory_problem = Some(error.report());
-                return;
             }
             let len = self.shared.geometry.region_bytes;
             submit(Op {
@@ -306,6 +319,7 @@ impl Background {
     }
 
     fn loaded(&mut self, region: &RegionState) {
+        self.shared.arena.unpin(region.start.seq);
         self.shared.core.lock().region_loaded(region.start.seq, &mut self.outcomes);
     }
 
@@ -333,6 +347,7 @@ impl Background {
                 ));
             }
         }
+        self.shared.arena.unpin(region.start.seq);
         self.shared.core.lock().refuse_everything();
     }
 
@@ -396,7 +411,7 @@ impl Background {
     // ---- flushing
 
     fn flush(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
-        if self.epoch.is_none() && now_ns >= self.flush_retry.until_ns {
+        if self.epoch.is_none() && !self.held && now_ns >= self.flush_retry.until_ns {
             self.begin_epoch(now_ns);
         }
         let Some(epoch) = &mut self.epoch else { return };
@@ -438,7 +453,15 @@ impl Background {
                 core.request_commit();
                 core.pump_commit();
             }
+            if let Some(volume) = core.staged_volumes().find(|v| !self.targets.contains_key(v)) {
+                // Opening refuses such a stage; were one here all the same, flushing past the volume's records would lose them.
+                self.status.backing_problem = Some((volume, "the backing is not there".to_owned()));
+                return;
+            }
             let Some(epoch) = core.next_epoch(all) else { return };
+            // Volumes that were deleted have no place in the checkpoint any more.
+            let volumes = core.volumes();
+            self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
             (epoch, core.epoch_regions(&epoch), core.head_after(epoch.to))
         };
         let plans = self.plan(&epoch, &regions);
@@ -503,6 +526,7 @@ impl Background {
                 self.status.backing_problem = Some((volume, errno.to_string()));
             }
             Target::Stage => {
+                self.status.stage_errors += 1;
                 self.status.stage_problem = Some(format!("writing to the stage device failed: {errno}"));
             }
         }

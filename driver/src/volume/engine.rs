@@ -23,7 +23,7 @@ use super::status::{Health, RecoveryReport, StageStatus, VolumeStatus};
 use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
 use crate::flush::epoch::FlushTarget;
 use crate::format::arena::ArenaIdentity;
-use crate::format::label::{Label, backing_bytes_for};
+use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
 use crate::format::superblock::{StageState, Superblock};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::file::FileDisk;
@@ -146,7 +146,9 @@ impl Engine {
             accept_loss: config.accept_loss,
         };
         let mut opened = open(&*config.stage, &disks, &mut ArenaDir(config.arena_dir.clone()), environment)?;
-        let backings: BTreeMap<VolumeId, Arc<FileDisk>> = config.backings.into_iter().collect();
+        // A backing that was not accepted belongs to a volume that cannot be used.
+        let backings: BTreeMap<VolumeId, Arc<FileDisk>> =
+            config.backings.into_iter().filter(|(id, _)| opened.targets.contains_key(id)).collect();
         for (id, target) in &mut opened.targets {
             let capabilities = backings[id].capabilities();
             target.zeroes = capabilities.write_zeroes;
@@ -275,12 +277,15 @@ impl Engine {
             .ok_or_else(|| Error::new(ErrorKind::Damaged, "no checkpoint is valid"))?;
         let durable = self.shared.core.lock().durable();
         let label = crate::recovery::open::check_label(&superblock, &info, &*backing, &checkpoint, durable)?;
+        // As in recovery: the label that was read must be durable before the other slot is written.
+        backing.sync()?;
         self.use_backing(&info, label, backing)
     }
 
     fn use_backing(&self, info: &VolumeInfo, label: Label, backing: Arc<FileDisk>) -> Result<()> {
         let capabilities = backing.capabilities();
         let target = FlushTarget {
+            attempted: label.flushed_lsn,
             label,
             block_bytes: backing.block_bytes(),
             zeroes: capabilities.write_zeroes,
@@ -297,85 +302,95 @@ impl Engine {
     /// Removes a volume that has no open door, after flushing it. Its backing keeps its data and loses its label.
     /// Durable when it returns.
     pub fn remove_volume(&self, volume: VolumeId) -> Result<()> {
-        let found = {
-            let mut volumes = self.volumes.write();
+        let (info, backing) = {
+            let volumes = self.volumes.read();
             let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
-            if found.shared.doors.load(Ordering::Acquire) > 0 {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("volume '{}' is attached: detach it first", found.info.name),
-                ));
-            }
-            volumes.remove(&volume).expect("found above")
+            (found.info.clone(), found.backing.clone())
         };
         self.drain()?;
         let mut superblock = self.superblock.lock();
+        {
+            let mut volumes = self.volumes.write();
+            let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
+            if doors > 0 || self.shared.core.lock().is_staged(volume) {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("volume '{}' is attached: detach it first", info.name),
+                ));
+            }
+            volumes.remove(&volume);
+        }
         let mut next = superblock.clone();
         next.volumes.retain(|v| v.id != volume);
-        self.write_superblock(&mut superblock, next)?;
+        if let Err(error) = self.write_superblock(&mut superblock, next) {
+            self.volumes.write().insert(volume, Volume::new(info, backing));
+            return Err(error);
+        }
         self.shared.core.lock().remove_volume(volume);
         let (reply, answer) = channel();
         self.post(Control::RemoveTarget(volume, reply))?;
         let _ = answer.recv();
-        admin::wipe_labels(&*found.backing, found.info.size_bytes)
+        admin::wipe_labels(&*backing, info.size_bytes)
     }
 
     /// Grows a volume to `size_bytes`; its backing must have the room (a file gets it). Durable when it returns.
     pub fn resize_volume(&self, volume: VolumeId, size_bytes: u64) -> Result<()> {
-        let mut volumes = self.volumes.write();
-        let found = volumes.get_mut(&volume).ok_or_else(|| no_volume(volume))?;
-        let old = found.info.clone();
+        let mut superblock = self.superblock.lock();
+        let (old, backing) = {
+            let volumes = self.volumes.read();
+            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
+            (found.info.clone(), found.backing.clone())
+        };
+        if size_bytes == old.size_bytes {
+            return Ok(());
+        }
         let info = VolumeInfo { size_bytes, ..old.clone() };
         info.validate()?;
-        if size_bytes < old.size_bytes {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "volume '{}' has {} bytes and cannot shrink to {size_bytes}",
-                    old.name, old.size_bytes
-                ),
-            ));
-        }
-        found.backing.grow_file(backing_bytes_for(size_bytes))?;
-        let available = found.backing.refresh_len()?;
-        if available < backing_bytes_for(size_bytes) {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                format!(
-                    "{} has {available} bytes, {} are needed: enlarge the device first",
-                    found.backing.name(),
-                    backing_bytes_for(size_bytes)
-                ),
-            ));
-        }
-        // Labels move to the new end. Until the superblock knows the new size the old labels stay valid; then they are part
-        // of the volume and are zeroed. A crash just before that leaves old label bytes in the space that was added.
-        let mut superblock = self.superblock.lock();
+        check_growth(&old, size_bytes, &backing)?;
         let mut next = superblock.clone();
+        next.sequence += 1;
         next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
+        // No sequence number is used twice, whatever becomes of this update.
+        superblock.sequence = next.sequence;
+        self.move_label(volume, size_bytes, backing.clone(), next.clone())?;
+        *superblock = next;
+        wipe_old_tail(&*backing, old.size_bytes, size_bytes)?;
+        if let Some(found) = self.volumes.write().get_mut(&volume) {
+            found.info = info;
+            found.shared.size_bytes.store(size_bytes, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Writes the label behind the new end and then the superblock, while no epoch is under way: an epoch's label and
+    /// checkpoint must not come between the two. Until the superblock knows the new size the old labels are valid; then
+    /// they are part of the volume. A crash before they are zeroed leaves old label bytes in the space that was added.
+    fn move_label(
+        &self,
+        volume: VolumeId,
+        size_bytes: u64,
+        backing: Arc<FileDisk>,
+        next: Superblock,
+    ) -> Result<()> {
         let (reply, answer) = channel();
-        let backing = found.backing.clone();
+        let stage = self.stage.clone();
         let change: TargetChange = Box::new(move |target| {
             let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
-            let written = admin::write_only_label(&*backing, &label);
+            let written =
+                admin::write_only_label(&*backing, &label).and_then(|()| superblocks::write(&*stage, &next));
             if written.is_ok() {
                 target.label = label;
             }
             let _ = reply.send(written);
         });
         self.post(Control::ChangeTarget(volume, change))?;
-        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))??;
-        self.write_superblock(&mut superblock, next)?;
-        if crate::format::label::label_offset(old.size_bytes, 0) < size_bytes {
-            wipe_inside(&*found.backing, old.size_bytes, size_bytes)?;
-        }
-        found.info = info;
-        found.shared.size_bytes.store(size_bytes, Ordering::Release);
-        Ok(())
+        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))?
     }
 
     fn write_superblock(&self, current: &mut Superblock, mut next: Superblock) -> Result<()> {
         next.sequence += 1;
+        // No sequence number is used twice: a copy of a failed update may be on the device all the same.
+        current.sequence = next.sequence;
         superblocks::write(&*self.stage, &next)?;
         *current = next;
         Ok(())
@@ -398,7 +413,7 @@ impl Engine {
     /// Flushes everything that was accepted before the call to the backings. Blocks. Fails if a device does; what is
     /// staged stays staged then.
     pub fn drain(&self) -> Result<()> {
-        let before = self.published.status.lock().backing_errors;
+        let before = errors_of(&self.published.status.lock());
         let (reply, answer) = channel();
         self.post(Control::Drain(reply))?;
         let lsn = answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))?;
@@ -420,12 +435,14 @@ impl Engine {
                 Some(damage.clone())
             } else if log_failed {
                 Some("the stage device fails".to_owned())
-            } else if status.backing_errors > errors_before {
-                let (volume, problem) =
-                    status.backing_problem.clone().unwrap_or((VolumeId(0), "backing error".into()));
-                Some(format!("the backing of volume {volume} fails: {problem}"))
+            } else if errors_of(&status) > errors_before {
+                let backing = status
+                    .backing_problem
+                    .as_ref()
+                    .map(|(volume, problem)| format!("the backing of volume {volume} fails: {problem}"));
+                Some(backing.or_else(|| status.stage_problem.clone()).unwrap_or("a device failed".to_owned()))
             } else {
-                status.stage_problem.clone()
+                None
             };
             if let Some(problem) = problem {
                 return Err(Error::new(
@@ -440,7 +457,8 @@ impl Engine {
     }
 
     /// Closes the engine; all doors must be closed. With `flush`, everything is on the backings first; without, it is
-    /// durable on the log device. On error the engine goes on.
+    /// durable on the log device. After an error in flushing the engine goes on; after a later one it is of no more use, and
+    /// the next opening recovers.
     pub fn close(&self, flush: bool) -> Result<()> {
         if let Some(volume) =
             self.volumes.read().values().find(|v| v.shared.doors.load(Ordering::Acquire) > 0)
@@ -585,14 +603,51 @@ fn volume_status(info: &VolumeInfo, volume: Option<&Volume>, background: &Backgr
     }
 }
 
+/// Failures of the flusher so far.
+fn errors_of(status: &BackgroundStatus) -> u64 {
+    status.backing_errors + status.stage_errors
+}
+
 fn no_volume(volume: VolumeId) -> Error {
     Error::new(ErrorKind::NotFound, format!("the stage has no usable volume with id {volume}"))
 }
 
-/// Zeroes what used to be the tail of a backing and is volume now.
-fn wipe_inside(backing: &dyn Disk, old_bytes: u64, new_bytes: u64) -> Result<()> {
-    let end = backing_bytes_for(old_bytes).min(new_bytes);
-    backing.write(old_bytes, &vec![0; (end - old_bytes) as usize])?;
+/// Checks that a volume can grow to `size_bytes`, and gives a backing file the room.
+fn check_growth(old: &VolumeInfo, size_bytes: u64, backing: &FileDisk) -> Result<()> {
+    if size_bytes < old.size_bytes {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("volume '{}' has {} bytes and cannot shrink to {size_bytes}", old.name, old.size_bytes),
+        ));
+    }
+    let old_labels_end = label_offset(old.size_bytes, 0) + LABEL_BYTES * u64::from(LABEL_SLOTS);
+    if label_offset(size_bytes, 0) < old_labels_end {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("volume '{}' can grow to {old_labels_end} bytes or more, not to {size_bytes}", old.name),
+        ));
+    }
+    let needed = backing_bytes_for(size_bytes);
+    backing.grow_file(needed)?;
+    let available = backing.refresh_len()?;
+    if available < needed {
+        return Err(Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "{} has {available} bytes, {needed} are needed: enlarge the device first",
+                backing.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Zeroes what used to be the labels of a backing and is volume now. Whole blocks, so that no byte of the volume beside
+/// them is read and written back while the flusher changes it.
+fn wipe_old_tail(backing: &dyn Disk, old_bytes: u64, new_bytes: u64) -> Result<()> {
+    let start = label_offset(old_bytes, 0);
+    let end = backing_bytes_for(old_bytes).min(label_offset(new_bytes, 0));
+    backing.write(start, &vec![0; (end - start) as usize])?;
     backing.sync()
 }
 
@@ -697,7 +752,10 @@ impl BackgroundThread<'_> {
                 let _ = self.reactor.unregister(Target::Backing(volume));
                 let _ = reply.send(());
             }
-            Control::ChangeTarget(volume, change) => self.changes.push((volume, change)),
+            Control::ChangeTarget(volume, change) => {
+                self.changes.push((volume, change));
+                self.background.hold(true);
+            }
             Control::Stop => self.stopping = true,
         }
     }
@@ -711,5 +769,6 @@ impl BackgroundThread<'_> {
                 change(target);
             }
         }
+        self.background.hold(false);
     }
 }

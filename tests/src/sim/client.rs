@@ -19,6 +19,8 @@ pub struct Habits {
     hot_bytes: u64,
     /// Weights of tiny, block-sized, any and largest lengths.
     sizes: [u64; 4],
+    /// One length for everything, so that what a recovery gave up and what takes its place have the same layout; 0: no.
+    one_size: u64,
     /// Longest pause between requests in ns.
     pause_ns: u64,
     /// Pauses long enough for the idle flush, in a thousand.
@@ -48,6 +50,7 @@ impl Habits {
             hot: rng.pick(&[0, 500, 900, 1000]),
             hot_bytes: rng.pick(&[600, 4096, 5000, 20_000]),
             sizes,
+            one_size: rng.pick(&[0, 0, 0, 0, 100, 512, 1000, 4096]),
             pause_ns: rng.pick(&[0, 1_000, 100_000, 2_000_000]),
             idle: rng.pick(&[0, 0, 2, 20]),
             depth: rng.pick(&[1, 2, 4, 16]),
@@ -87,6 +90,9 @@ impl Habits {
             _ => longest,
         }
         .min(longest);
+        if self.one_size > 0 {
+            len = self.one_size.min(longest);
+        }
         let reach = if rng.chance(self.hot) { self.hot_bytes.min(size) } else { size };
         let mut offset = rng.below(reach).min(size - len);
         if rng.chance(500) {

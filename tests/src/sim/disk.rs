@@ -7,7 +7,7 @@
 //! The same disk serves both kinds of access: operations that the world starts and ends at times of its choice, and
 //! blocking calls, each of which is a step at which the world may end.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
@@ -28,6 +28,21 @@ pub struct Faults {
     pub sync: u64,
 }
 
+/// What a crash interrupts, if it comes within a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Whatever there is.
+    Any,
+    /// A write of a group.
+    LogWrite,
+    /// Another write on the stage: patch zone, checkpoint, table.
+    StageWrite,
+    /// A write on a backing.
+    BackingWrite,
+    /// A sync.
+    Sync,
+}
+
 /// What disks and world share.
 #[derive(Debug)]
 pub struct Control {
@@ -37,6 +52,8 @@ pub struct Control {
     pub step: u64,
     /// The step at which everything stops.
     pub crash_at: u64,
+    /// What the server should be doing then.
+    pub crash_while: Moment,
     /// Set by a blocking call that reached that step.
     pub crashed: bool,
     /// Rates now.
@@ -170,20 +187,14 @@ impl SimDisk {
 
     /// Carries out a write into the cache.
     pub fn apply(&self, offset: u64, data: &[u8]) {
-        self.apply_some(offset, data, |_| true);
-    }
-
-    fn apply_some(&self, offset: u64, data: &[u8], mut wanted: impl FnMut(u64) -> bool) {
         let mut state = self.state();
         let state = &mut *state;
         let sector = self.sector as usize;
         for (i, bytes) in data.chunks(sector).enumerate() {
             let at = offset as usize + i * sector;
-            if wanted(at as u64) {
-                state.visible[at..at + sector].copy_from_slice(bytes);
-                let version = Version { at: state.clock, bytes: bytes.to_vec() };
-                state.unflushed.entry((at / sector) as u64).or_default().push(version);
-            }
+            state.visible[at..at + sector].copy_from_slice(bytes);
+            let version = Version { at: state.clock, bytes: bytes.to_vec() };
+            state.unflushed.entry((at / sector) as u64).or_default().push(version);
         }
         state.clock += 1;
     }
@@ -193,7 +204,16 @@ impl SimDisk {
         match rng.below(3) {
             0 => {}
             1 => self.apply(offset, data),
-            _ => self.apply_some(offset, data, |_| rng.chance(500)),
+            _ => {
+                // Sectors stay, are written, or get one half: bytes that did not change stay what they were.
+                let mut torn = self.visible(offset, data.len());
+                for (old, new) in torn.chunks_mut(self.sector as usize / 2).zip(data.chunks(self.sector as usize / 2)) {
+                    if rng.chance(500) {
+                        old.copy_from_slice(new);
+                    }
+                }
+                self.apply(offset, &torn);
+            }
         }
     }
 
@@ -301,19 +321,13 @@ impl SimDisk {
         state.visible.copy_from_slice(&state.persistent);
     }
 
-    /// Sectors written and not flushed.
-    #[must_use]
-    pub fn dirty(&self) -> BTreeSet<u64> {
-        self.state().unflushed.keys().copied().collect()
-    }
-
     /// Counts a blocking call as a step. `Err`: it does not happen.
     fn step(&self, what: &'static str, offset: u64, len: usize) -> Result<()> {
         let mut ctl = lock(&self.ctl);
         ctl.step += 1;
         let step = ctl.step;
         ctl.note(what, &[u64::from(self.is_stage), offset, len as u64]);
-        if ctl.crashed || step >= ctl.crash_at {
+        if ctl.crashed || (step >= ctl.crash_at && ctl.crash_while == Moment::Any) {
             ctl.crashed = true;
             return Err(Error::new(ErrorKind::Io, format!("{}: crashed in a {what}", self.name)));
         }

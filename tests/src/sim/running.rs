@@ -14,11 +14,11 @@ use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
 use tidegate_driver::volume::background::Background;
 use tidegate_driver::volume::door::VolumeShared;
-use tidegate_driver::volume::shared::{Clock, Shared};
+use tidegate_driver::volume::shared::{Clock, LOG_TOKEN, Shared};
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, VolumeDoor, Wake};
 
 use super::client::Habits;
-use super::disk::{Ctl, SimDisk, SyncFailure, lock};
+use super::disk::{Ctl, Moment, SimDisk, SyncFailure, lock};
 use super::model::{Change, Effect, Model};
 use super::rng::Rng;
 
@@ -362,7 +362,7 @@ impl Running {
         {
             let mut ctl = lock(site.ctl);
             ctl.step += 1;
-            if ctl.step >= ctl.crash_at {
+            if ctl.step >= ctl.crash_at + 300 || (ctl.step >= ctl.crash_at && self.is_moment(ctl.crash_while)) {
                 return Err(Stop::Crash);
             }
             self.had_faults |= ctl.faults.stage_write > 0;
@@ -389,6 +389,18 @@ impl Running {
             }
             site.clock.0.store(next.max(now), Ordering::Relaxed);
         }
+    }
+
+    /// Whether what a crash is to interrupt is going on.
+    fn is_moment(&self, moment: Moment) -> bool {
+        let on_stage = |f: &Flight| f.op.target == Target::Stage;
+        self.flights.iter().any(|f| match moment {
+            Moment::Any => true,
+            Moment::LogWrite => on_stage(f) && f.op.token == LOG_TOKEN,
+            Moment::StageWrite => on_stage(f) && f.op.token != LOG_TOKEN,
+            Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
+            Moment::Sync => f.op.kind == OpKind::Sync,
+        }) || moment == Moment::Any
     }
 
     fn describe_stall(&self) -> String {

@@ -19,7 +19,7 @@ use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use uuid::Uuid;
 
 use super::client::Habits;
-use super::disk::{Control, Ctl, Faults, SimDisk, lock};
+use super::disk::{Control, Ctl, Faults, Moment, SimDisk, lock};
 use super::model::Model;
 use super::rng::Rng;
 use super::running::{Asked, Running, SimClock, Site, Sometimes, Stop};
@@ -212,6 +212,7 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         rng: Rng::new(options.seed, 10),
         step: 0,
         crash_at: u64::MAX,
+        crash_while: Moment::Any,
         crashed: false,
         faults: Faults::default(),
         faults_injected: 0,
@@ -321,14 +322,15 @@ impl World {
     fn story(mut self) -> Result<Report, String> {
         let lives = match self.options.short {
             Some(crash) => 2 + u64::from(crash.again > 0),
-            None => self.rng.range(2, 8),
+            None => self.rng.range(2, 12),
         };
         for life in 0..lives {
             let last = life + 1 == lives;
-            let (steps, kind) = self.crash_plan(life, last);
+            let (steps, kind, moment) = self.crash_plan(life, last);
             {
                 let mut ctl = lock(&self.ctl);
-                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) };
+                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) }.min(u64::MAX / 2);
+                ctl.crash_while = moment;
                 ctl.crashed = false;
             }
             let ended = if last { self.last_life() } else { self.life() };
@@ -344,23 +346,29 @@ impl World {
         Ok(self.report)
     }
 
-    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind) {
+    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind, Moment) {
         if let Some(crash) = self.options.short {
-            let steps = if life == 0 { crash.step } else { crash.again };
-            return (steps.max(1), crash.kind);
+            // The second crash is the worst kind, whatever the first one was.
+            return if life == 0 {
+                (crash.step.max(1), crash.kind, Moment::Any)
+            } else {
+                (crash.again.max(1), CrashKind::Power, Moment::Any)
+            };
         }
         let kind = match self.rng.below(10) {
             0..=3 => CrashKind::Power,
             4 => CrashKind::KillWithoutArena,
             _ => CrashKind::Kill,
         };
-        let steps = match self.rng.below(6) {
-            0 => self.rng.range(1, 60),
-            1 => self.rng.range(1, 300),
-            2 if !last => u64::MAX,
-            _ => self.rng.range(100, 4000),
-        };
-        (steps, kind)
+        let aims = [Moment::Any, Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
+        let aim = self.rng.pick(&aims);
+        match self.rng.below(8) {
+            0 => (self.rng.range(1, 60), kind, Moment::Any),
+            1 | 2 => (self.rng.range(20, 80), kind, Moment::LogWrite),
+            3 => (self.rng.range(1, 300), kind, aim),
+            4 if !last => (u64::MAX, kind, aim),
+            _ => (self.rng.range(50, 2500), kind, aim),
+        }
     }
 
     // ---- the parts of a life
@@ -376,7 +384,7 @@ impl World {
         let quota = if self.options.short.is_some() {
             self.rng.range(4, 40)
         } else {
-            self.rng.pick(&[20, 200, 1000])
+            self.rng.pick(&[20, 100, 400])
         };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
@@ -397,6 +405,9 @@ impl World {
                 self.draw_faults();
             }
             ticks += 1;
+            if self.options.short.is_none() && self.rng.chance(2) {
+                self.running.as_mut().expect("open").drain();
+            }
             if !self.tick()? && running_is_done(self.running.as_ref()) {
                 break;
             }

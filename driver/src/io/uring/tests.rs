@@ -309,6 +309,20 @@ fn a_wake_after_the_end_of_the_reactor_is_harmless() {
 }
 
 #[test]
+fn a_wake_just_before_the_end_of_the_reactor_does_not_hold_it_up() {
+    for submitted in [false, true] {
+        let mut reactor = Reactor::new(64).unwrap();
+        if submitted {
+            reactor.submit_and_wait(Some(Duration::ZERO)).unwrap();
+        }
+        reactor.waker().wake();
+        let start = Instant::now();
+        drop(reactor);
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    }
+}
+
+#[test]
 fn a_wait_ends_at_its_limit() {
     let mut reactor = Reactor::new(64).unwrap();
     let start = Instant::now();

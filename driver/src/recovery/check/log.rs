@@ -62,6 +62,8 @@ pub(super) struct LogCheck<'a> {
     starts: Vec<Option<RegionStart>>,
     newest: RegionSeq,
     checkpoint_lsn: Lsn,
+    /// The first region has no header, so its first write was never whole and counts for nothing.
+    not_begun: Option<RegionSeq>,
     report: &'a mut CheckReport,
     facts: LogFacts,
 }
@@ -76,6 +78,7 @@ impl<'a> LogCheck<'a> {
             starts: Vec::new(),
             newest: RegionSeq(0),
             checkpoint_lsn: Lsn::ZERO,
+            not_begun: None,
             report,
             facts: LogFacts::default(),
         }
@@ -167,6 +170,8 @@ impl<'a> LogCheck<'a> {
             // Not begun yet, or begun by a write that was cut short, or without the header it had.
             if self.goes_on_in(head.seq) {
                 self.problem(head.seq, 0, "the header of the region is damaged, but the log goes on in it");
+            } else {
+                self.not_begun = Some(head.seq);
             }
             return Some(head);
         }
@@ -249,7 +254,11 @@ impl<'a> LogCheck<'a> {
             Next::Nothing => table.map_or(0, |t| t.data_end),
             _ => u32::MAX,
         };
-        let walk = walk(&image, start, proven, &self.rules);
+        let walk = if self.not_begun == Some(seq) {
+            Walk::at_start_of(start, block)
+        } else {
+            walk(&image, start, proven, &self.rules)
+        };
         for (offset, what) in &walk.faults {
             self.problem(seq, *offset, what);
         }
@@ -396,6 +405,23 @@ struct Walk {
 }
 
 impl Walk {
+    fn at_start_of(start: RegionStart, block_bytes: u32) -> Walk {
+        Walk {
+            records: Vec::new(),
+            whole: 0,
+            payload_bytes: 0,
+            groups: 0,
+            faults: Vec::new(),
+            end: block_bytes,
+            next: Expected {
+                region: start.seq,
+                group_seq: start.first_group_seq,
+                first_lsn: start.first_lsn,
+            },
+            spoken: Lsn::ZERO,
+        }
+    }
+
     fn add(&mut self, found: Content) {
         self.whole += found.whole;
         self.payload_bytes += found.payload_bytes;
@@ -406,16 +432,7 @@ impl Walk {
 
 /// Walks a region and does not stop at damage as long as something behind it, or below `proven`, is recognisable.
 fn walk(image: &[u8], start: RegionStart, proven: u32, rules: &Rules) -> Walk {
-    let mut walk = Walk {
-        records: Vec::new(),
-        whole: 0,
-        payload_bytes: 0,
-        groups: 0,
-        faults: Vec::new(),
-        end: rules.block_bytes,
-        next: Expected { region: start.seq, group_seq: start.first_group_seq, first_lsn: start.first_lsn },
-        spoken: Lsn::ZERO,
-    };
+    let mut walk = Walk::at_start_of(start, rules.block_bytes);
     let mut search_from = walk.end;
     loop {
         let at = walk.end;

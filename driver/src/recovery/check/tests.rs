@@ -136,6 +136,24 @@ fn a_first_group_without_its_region_header_is_torn() {
 }
 
 #[test]
+fn a_head_region_without_its_header_is_torn_unless_it_goes_on() {
+    let mut stage = SampleStage::filled();
+    stage.begin_region();
+    let head = stage.regions[3].start;
+    stage.put_checkpoint(3, Lsn(36), head);
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    let at = stage.place(head.seq, 0);
+    stage.disk.zero(at..at + 512);
+    let report = check_alone(&stage);
+    assert!(report.is_sound(), "{:#?}", report.problems);
+    assert_eq!((report.torn_bytes, report.log_end_lsn, report.records), (1024, Lsn(36), 0));
+    assert!(!damaged_scan(&stage));
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    only_problem(&check_alone(&stage), "header of the region is damaged");
+    assert!(damaged_scan(&stage));
+}
+
+#[test]
 fn a_torn_tail_is_a_note() {
     for cut in ["payload", "record header", "group header"] {
         let stage = SampleStage::filled();
