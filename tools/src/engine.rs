@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 pub use tidegate_driver::recovery::{Problem, check, inspect};
 pub use tidegate_driver::volume::admin::{
-    NewVolume, StageOptions, add_volume, create_stage, read_superblock, remove_volume,
+    NewVolume, StageOptions, add_volume, create_stage, read_label, read_superblock, remove_volume,
 };
 pub use tidegate_driver::volume::{Engine, EngineConfig};
 

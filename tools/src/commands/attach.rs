@@ -1,5 +1,6 @@
 //! `attach`: finds or starts the server and has it make the device.
 
+use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -30,8 +31,22 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
         return server::foreground(registry, &entry, args.accept_loss, args.json);
     }
     let device = attach(registry, &entry, args.accept_loss)?;
+    tell_repairs(registry, &entry);
     print_device(&entry, &device, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells people that a device begins to fail.
+fn tell_repairs(registry: &Registry, entry: &Entry) {
+    let status = Client::connect(&registry.stage_dir(entry.stage_uuid)).and_then(|c| c.status().ok());
+    let repaired = status.map_or(0, |s| s.recovery.superblocks_repaired);
+    if repaired > 0 {
+        let _ = writeln!(
+            std::io::stderr(),
+            "tidegate: note: {repaired} of the superblock copies on {} were damaged and have been written again",
+            entry.stage.display()
+        );
+    }
 }
 
 /// Prints what scripts wait for.
@@ -79,7 +94,11 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
         ));
     }
     let backing = match (&args.backing, known) {
-        (Some(path), _) => paths::absolute(path)?,
+        (Some(path), _) => {
+            let path = paths::absolute(path)?;
+            refuse_other_backing(&path, stage_uuid, &volume)?;
+            path
+        }
         (None, Some(entry)) => entry.backing,
         (None, None) => volume.backing.into(),
     };
@@ -93,6 +112,23 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
     let entry = Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid);
     registry.put(&entry)?;
     Ok(entry)
+}
+
+/// Refuses what is not the backing of the volume, before it is entered as that.
+fn refuse_other_backing(path: &Path, stage_uuid: uuid::Uuid, volume: &VolumeInfo) -> Result<()> {
+    let disk = FileDisk::open_to_look(path).map_err(|e| e.within("backing"))?;
+    let label = engine::read_label(&disk, volume.size_bytes)?;
+    let what = match label {
+        Some(label) if (label.stage_uuid, label.volume_uuid) == (stage_uuid, volume.uuid) => return Ok(()),
+        Some(label) => {
+            format!("is the backing of volume '{}' of stage {}", label.name, label.stage_uuid)
+        }
+        None => "carries no label of it".to_owned(),
+    };
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!("{} is not the backing of volume '{}': it {what}", path.display(), volume.name),
+    ))
 }
 
 fn volume_on(stage: &Path, name: &str) -> Result<(uuid::Uuid, VolumeInfo)> {
