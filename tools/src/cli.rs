@@ -126,7 +126,7 @@ Examples:
 
 const STATUS_HELP: &str = "\
 States: attached, detached, recovering, waiting (the device is there and waits for a server: attach it), server-died (the
-same after a crash), error.
+same after a crash), not-answering (the server hangs), error.
 
 JSON: {\"volumes\": [{\"name\", \"state\", \"device\", \"pid\", …}], \"stages\": [{\"uuid\", \"path\", \"pid\", …}]}; sizes are bytes.
 
@@ -303,7 +303,7 @@ pub struct Run {
 pub struct Delete {
     /// Name of the volume
     pub name: String,
-    /// Forget the name even if stage or backing cannot be used any more
+    /// Also if stage or backing are gone; what is staged for the volume is discarded
     #[arg(long)]
     pub force: bool,
 }

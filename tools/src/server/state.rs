@@ -61,10 +61,23 @@ impl Server {
                 ),
             ));
         }
-        let (backings, missing) = open_backings(&superblock, &entries, &stage)?;
+        let (mut backings, missing) = open_backings(&superblock, &entries, &stage);
         let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
         let engine = engine::open(Arc::clone(&stage), list, accept_loss)
             .map_err(|e| explain(e, &superblock, &missing))?;
+        // What the engine did not accept is tried again when it is needed, at the place that holds then.
+        backings.retain(|id, disk| match engine.add_backing(*id, Arc::clone(disk)) {
+            Err(e) if e.kind() != ErrorKind::Busy => {
+                tracing::warn!("a volume cannot be used: {}", e.report());
+                false
+            }
+            // In use already.
+            _ => true,
+        });
+        let repaired = engine.recovery().superblocks_repaired;
+        if repaired > 0 {
+            tracing::warn!("{}: {repaired} damaged superblock copies were written again", stage.name());
+        }
         let server = Server {
             registry: registry.clone(),
             dir: registry.stage_dir(uuid),
@@ -237,7 +250,7 @@ impl Server {
 type Backings = (BTreeMap<VolumeId, Arc<FileDisk>>, BTreeMap<VolumeId, Error>);
 
 /// Opens the backings of all volumes, where the registry or else the superblock says they are.
-fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Result<Backings> {
+fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Backings {
     let mut backings: BTreeMap<VolumeId, Arc<FileDisk>> = BTreeMap::new();
     let mut missing = BTreeMap::new();
     for volume in &superblock.volumes {
@@ -247,14 +260,13 @@ fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -
             Ok(disk) => {
                 backings.insert(volume.id, Arc::new(disk));
             }
-            Err(e) if e.kind() == ErrorKind::WrongDevice => return Err(e),
             Err(e) => {
                 tracing::warn!("backing of volume '{}': {}", volume.name, e.report());
                 missing.insert(volume.id, e);
             }
         }
     }
-    Ok((backings, missing))
+    (backings, missing)
 }
 
 /// The engine's error, with the backings that could not be opened, which may be its cause.
