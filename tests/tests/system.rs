@@ -47,7 +47,10 @@ const TESTS: &[Test] = &[
     ("sigterm_hands_a_mounted_device_over", life::sigterm_hands_a_mounted_device_over),
     ("a_live_device_grows", life::a_live_device_grows),
     ("a_failing_backing_degrades_and_heals", faults::a_failing_backing_degrades_and_heals),
-    ("a_backing_that_refuses_writes_degrades_and_heals", faults::a_backing_that_refuses_writes_degrades_and_heals),
+    (
+        "a_backing_that_refuses_writes_degrades_and_heals",
+        faults::a_backing_that_refuses_writes_degrades_and_heals,
+    ),
     ("a_failing_log_stalls_writers", faults::a_failing_log_stalls_writers),
     ("a_failing_log_fails_writers_if_told_so", faults::a_failing_log_fails_writers_if_told_so),
     ("every_flush_is_a_good_place_to_die_ack_log", crash::every_flush_is_a_good_place_to_die_ack_log),

@@ -16,8 +16,8 @@ use super::numbered::{History, Random, open};
 use super::support::{Place, remove_devices};
 
 /// Points that are tried.
-const POINTS: usize = 30;
-const WRITES: usize = 600;
+const POINTS: usize = 27;
+const WRITES: usize = 500;
 /// A mark after so many writes relates acknowledgements to the record.
 const MARK_EVERY: u64 = 12;
 const VOLUMES: [&str; 2] = ["a", "b"];
@@ -122,10 +122,12 @@ fn record(place: &Place, acks: [&str; 2]) -> Recorded {
         Mapped::new(name, &format!("0 {len} linear {} {start}", log.path()))
     };
     let stage = part("stage", 0, STAGE_SECTORS);
-    let backings = [0, 1].map(|i| part(VOLUMES[i], STAGE_SECTORS + i as u64 * BACKING_SECTORS, BACKING_SECTORS));
+    let backings =
+        [0, 1].map(|i| part(VOLUMES[i], STAGE_SECTORS + i as u64 * BACKING_SECTORS, BACKING_SECTORS));
     for (i, name) in VOLUMES.iter().enumerate() {
         let (stage, backing) = (stage.path(), backings[i].path());
-        let args = ["create", name, "--stage", &stage, "--backing", &backing, "--size", "4M", "--block-size", "512"];
+        let args =
+            ["create", name, "--stage", &stage, "--backing", &backing, "--size", "4M", "--block-size", "512"];
         place.tidegate(&[&args[..], &["--ack", acks[i]]].concat());
     }
     let devices = VOLUMES.map(|name| open(&place.attach(name)));
@@ -137,7 +139,8 @@ fn record(place: &Place, acks: [&str; 2]) -> Recorded {
     for _ in 0..WRITES {
         let (number, write, bytes) = history.next(&mut random, 2, VOLUME_SECTORS, false);
         let disk = &devices[write.volume];
-        tidegate_driver::io::Disk::write(disk, write.sector * 512, &bytes).unwrap_or_else(|e| panic!("{}", e.report()));
+        tidegate_driver::io::Disk::write(disk, write.sector * 512, &bytes)
+            .unwrap_or_else(|e| panic!("{}", e.report()));
         if acks[write.volume] == "log" {
             // Everything before it, too: there is one order.
             durable = number;
@@ -177,12 +180,14 @@ fn open_after_cut(place: &Place, bytes: &[u8], accept_loss: bool) -> Result<Vec<
         path
     };
     let stage = part("replay.stage", 0, STAGE_SECTORS);
-    let paths = [0, 1]
-        .map(|i| part(&format!("replay.{}", VOLUMES[i]), STAGE_SECTORS + i as u64 * BACKING_SECTORS, BACKING_SECTORS));
+    let paths = [0, 1].map(|i| {
+        part(&format!("replay.{}", VOLUMES[i]), STAGE_SECTORS + i as u64 * BACKING_SECTORS, BACKING_SECTORS)
+    });
     let report = |e: tidegate_driver::base::Error| e.report();
     let disk = |path: &str| FileDisk::open_exclusive(Path::new(path)).map(Arc::new).map_err(report);
     let stage = disk(&stage)?;
-    let ids: Vec<_> = admin::read_superblock(&*stage).map_err(report)?.superblock.volumes.iter().map(|v| v.id).collect();
+    let ids: Vec<_> =
+        admin::read_superblock(&*stage).map_err(report)?.superblock.volumes.iter().map(|v| v.id).collect();
     assert_eq!(ids.len(), 2);
     let backings = vec![(ids[0], disk(&paths[0])?), (ids[1], disk(&paths[1])?)];
     let arena_dir = place.path("replay.arena").into();
@@ -217,31 +222,28 @@ fn every_flush_is_a_good_place_to_die(acks: [&str; 2]) {
     let total = (STAGE_SECTORS + 2 * BACKING_SECTORS) as usize * 512;
     let mut image = Image { bytes: vec![0; total], done: 0 };
     let mut random = Random::new(11);
-    let (mut partial, mut durable_last) = (0, 0);
-    for sample in 0..POINTS {
-        let span = (sample * points.len() / POINTS, (sample + 1) * points.len() / POINTS);
-        let mut at = points[span.0 + random.below((span.1 - span.0) as u64) as usize];
-        // Of every other sample: a flush that has something to make durable, and fails to.
-        if sample % 2 == 1
-            && let flushes = points[span.0..span.1].iter().filter(|&&i| entries[i - 1].is_volatile())
-            && let flushes = flushes.copied().collect::<Vec<_>>()
-            && !flushes.is_empty()
-        {
-            at = flushes[random.below(flushes.len() as u64) as usize];
-        }
-        let start = (begin..at).rev().take_while(|&i| entries[i].is_volatile()).last().unwrap_or(at);
+    // A third of them: a flush that had something to make durable, and did not.
+    let unflushed: Vec<usize> = points.iter().copied().filter(|&i| entries[i - 1].is_volatile()).collect();
+    let mut cuts: Vec<(usize, bool)> =
+        spread(&points, POINTS * 2 / 3, &mut random).map(|at| (at, true)).collect();
+    cuts.extend(spread(&unflushed, POINTS / 3, &mut random).map(|at| (at, false)));
+    cuts.sort_unstable();
+    cuts.dedup();
+    let partial = cuts.iter().filter(|(_, done)| !done).count();
+    let (tried, mut durable_last) = (cuts.len(), 0);
+    for (at, flush_done) in cuts {
         let durable = entries[..at].iter().filter_map(|e| e.mark).max().unwrap();
-        let cut = if sample % 2 == 1 && start < at {
-            partial += 1;
+        let cut = if flush_done {
+            image.advance(&entries, at + 1, &record);
+            open_after_cut(&place, &image.bytes, acks[1] == "memory")
+        } else {
+            let start = (begin..at).rev().take_while(|&i| entries[i].is_volatile()).last().unwrap_or(at);
             image.advance(&entries, start, &record);
             let mut bytes = image.bytes.clone();
             for entry in &entries[start..at] {
                 keep_some(&mut bytes, entry, &record, &mut random);
             }
             open_after_cut(&place, &bytes, acks[1] == "memory")
-        } else {
-            image.advance(&entries, at + 1, &record);
-            open_after_cut(&place, &image.bytes, acks[1] == "memory")
         };
         let found = cut.and_then(|volumes| history.prefix_in(&volumes));
         let found = found.unwrap_or_else(|e| panic!("cut at entry {at} of {}: {e}", entries.len()));
@@ -250,7 +252,16 @@ fn every_flush_is_a_good_place_to_die(acks: [&str; 2]) {
         durable_last = durable;
     }
     assert!(durable_last as usize > WRITES / 2, "the marks are in the record: {durable_last}");
-    print!("({POINTS} cuts of {}, {partial} of them with unflushed writes lost in part) ", points.len());
+    print!("({tried} cuts of {}, {partial} of them with unflushed writes lost in part) ", points.len());
+}
+
+/// At most `count` of `points`, one at random of each part of the whole.
+fn spread<'a>(points: &'a [usize], count: usize, random: &'a mut Random) -> impl Iterator<Item = usize> + 'a {
+    let count = count.min(points.len());
+    (0..count).map(move |i| {
+        let (from, to) = (i * points.len() / count, (i + 1) * points.len() / count);
+        points[from + random.below((to - from) as u64) as usize]
+    })
 }
 
 /// Applies an unflushed write as a power cut may: whole, not at all, or some of its sectors.

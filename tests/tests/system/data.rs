@@ -11,7 +11,8 @@ fn mixed(ack: &str) {
     let device = place.attach("v");
     let verify = ["--verify=crc32c", "--randrepeat=0", "--size=10m", "--numjobs=3", "--offset_increment=24m"];
     // What is read back in between may be staged or on the backing.
-    let writes = ["--rw=randwrite", "--bsrange=512-1m", "--iodepth=8", "--verify_backlog=32", "--io_size=10m"];
+    let writes =
+        ["--rw=randwrite", "--bsrange=512-1m", "--iodepth=8", "--verify_backlog=32", "--io_size=10m"];
     fio(&device, &[&verify[..], &writes].concat());
     // Sizes of metadata, with reads beside the writes.
     let small = ["--rw=randrw", "--bsrange=512-8k", "--iodepth=16", "--io_size=1m", "--fsync=64"];
@@ -98,15 +99,29 @@ pub fn a_small_stage_before_a_slow_backing() {
     ram_disks(1, 256);
     let backing = slow("slow", "/dev/ram0", 5);
     let stage = place.path("stage");
-    let args =
-        ["create", "v", "--stage", &stage, "--stage-size", "20M", "--backing", &backing.path(), "--size", "220M"];
+    let args = [
+        "create",
+        "v",
+        "--stage",
+        &stage,
+        "--stage-size",
+        "20M",
+        "--backing",
+        &backing.path(),
+        "--size",
+        "220M",
+    ];
     place.tidegate(&args);
     let device = place.attach("v");
-    fio(&device, &["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--do_verify=0"]);
+    fio(
+        &device,
+        &["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--do_verify=0"],
+    );
     assert!(place.counter("v", "stage_full_waits") > 0, "the stage was never full");
     assert_eq!(place.health("v"), "ok");
     place.detach("v");
-    let direct = ["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--verify_only"];
+    let direct =
+        ["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--verify_only"];
     fio("/dev/ram0", &direct);
     assert_eq!(fs::metadata(&stage).unwrap().len(), 20 << 20);
     kernel_saw_no_error();

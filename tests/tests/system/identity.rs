@@ -30,7 +30,6 @@ fn copy(place: &Place, from: &str, to: &str) {
     run("cp", &["--sparse=always", &place.path(from), &place.path(to)]);
 }
 
-
 pub fn wrong_backings_are_refused() {
     let place = Place::new("wrong");
     let writer = written(&place);
@@ -81,7 +80,8 @@ pub fn an_old_stage_is_refused() {
     // Another stage altogether.
     fs::remove_file(place.path("stage")).unwrap();
     let (stage, backing) = (place.path("stage"), place.path("x.img"));
-    let args = ["create", "x", "--stage", &stage, "--stage-size", "20M", "--backing", &backing, "--size", "8M"];
+    let args =
+        ["create", "x", "--stage", &stage, "--stage-size", "20M", "--backing", &backing, "--size", "8M"];
     place.tidegate(&args);
     let said = place.refused(WRONG_DEVICE, &["attach", "v"]);
     assert!(said.contains("--stage"), "{said}");
@@ -114,7 +114,8 @@ pub fn damage_in_the_log_is_found_and_refused() {
     let write = writer.history.writes[29];
     let needle = &content(30, write.sector, 1);
     let bytes = read(&stage, (20 << 20) / 512);
-    let at = bytes.windows(needle.len()).position(|w| w == needle.as_slice()).expect("the write is in the log");
+    let at =
+        bytes.windows(needle.len()).position(|w| w == needle.as_slice()).expect("the write is in the log");
     let file = OpenOptions::new().write(true).open(&stage).unwrap();
     file.write_all_at(&[bytes[at + 100] ^ 0x10], at as u64 + 100).unwrap();
     file.sync_all().unwrap();

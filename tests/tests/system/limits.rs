@@ -29,7 +29,10 @@ pub fn a_huge_sparse_volume() {
     fio(&device, &verify);
     fio(&device, &[&verify[..], &[&end]].concat());
     // Extents spread over the whole of it.
-    fio(&device, &["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64t", "--io_size=16m", "--norandommap"]);
+    fio(
+        &device,
+        &["--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64t", "--io_size=16m", "--norandommap"],
+    );
     let (server, _) = place.processes("v");
     let own = own_kib(server);
     assert!(own <= 64 << 10, "the server takes {own} KiB beside the arena");

@@ -82,14 +82,24 @@ pub fn numbers_in(bytes: &[u8]) -> Result<Vec<u64>, String> {
 
 impl History {
     /// Chooses the next write and enters it; its number and bytes. `small`: at most 8 KiB.
-    pub fn next(&mut self, random: &mut Random, volumes: usize, sectors: u64, small: bool) -> (u64, Write, Vec<u8>) {
+    pub fn next(
+        &mut self,
+        random: &mut Random,
+        volumes: usize,
+        sectors: u64,
+        small: bool,
+    ) -> (u64, Write, Vec<u8>) {
         let count = match random.below(10) {
             _ if small => 1 + random.below(16),
             0..=5 => 1 + random.below(16),
             6..=8 => 8 + random.below(56),
             _ => 128 + random.below(384),
         };
-        let write = Write { volume: random.below(volumes as u64) as usize, sector: random.below(sectors - count), count };
+        let write = Write {
+            volume: random.below(volumes as u64) as usize,
+            sector: random.below(sectors - count),
+            count,
+        };
         self.writes.push(write);
         let number = self.writes.len() as u64;
         (number, write, content(number, write.sector, write.count))
@@ -196,7 +206,8 @@ impl Writer {
 
     /// `path` holds exactly what was written.
     pub fn verify(&self, path: &str) {
-        let found = self.history.prefix_in(&[read(path, self.sectors)]).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let found =
+            self.history.prefix_in(&[read(path, self.sectors)]).unwrap_or_else(|e| panic!("{path}: {e}"));
         assert_eq!(found, self.history.writes.len() as u64, "{path}: not all writes are there");
     }
 }

@@ -63,7 +63,8 @@ fn cut(ack: &str) {
     let place = Place::new("power");
     let mut disk = Disk::new(&place);
     let backing = place.path("v.img");
-    let args = ["create", "v", "--stage", DEVICE, "--backing", &backing, "--size", "32M", "--block-size", "512"];
+    let args =
+        ["create", "v", "--stage", DEVICE, "--backing", &backing, "--size", "32M", "--block-size", "512"];
     place.tidegate(&[&args[..], &["--ack", ack]].concat());
     let mut device = place.attach("v");
     let mut writer = Writer::new(&device, SECTORS);

@@ -25,7 +25,9 @@ pub fn skip(why: impl Into<String>) -> ! {
 /// Whether tests can run here at all.
 pub fn usable() -> Result<(), String> {
     if std::env::var_os("TIDEGATE_VM").is_none() {
-        return Err("they load modules and make devices, so they run in the test machine (tests/vm/run) only".into());
+        return Err(
+            "they load modules and make devices, so they run in the test machine (tests/vm/run) only".into(),
+        );
     }
     tidegate_ublk::ctrl::Control::open().map_err(|e| e.report())?;
     let program = program();
@@ -126,7 +128,8 @@ pub fn finish(child: Child, limit: Duration, what: &str) -> String {
 /// Arguments of fio for direct I/O with io_uring on `path`.
 pub fn fio_args<'a>(path: &'a str, args: &[&'a str]) -> Vec<String> {
     let mut all = vec![format!("--filename={path}")];
-    let common = ["--name=t", "--ioengine=io_uring", "--direct=1", "--group_reporting", "--verify_state_save=0"];
+    let common =
+        ["--name=t", "--ioengine=io_uring", "--direct=1", "--group_reporting", "--verify_state_save=0"];
     all.extend(common.iter().chain(args).map(|a| (*a).to_owned()));
     all
 }
@@ -273,7 +276,9 @@ impl Place {
     pub fn kill_all(&self, name: &str) {
         let (server, supervisor) = self.processes(name);
         run("kill", &["-9", &supervisor.to_string(), &server.to_string()]);
-        wait_for("the server is gone", Duration::from_secs(10), || !is_alive(server) && !is_alive(supervisor));
+        wait_for("the server is gone", Duration::from_secs(10), || {
+            !is_alive(server) && !is_alive(supervisor)
+        });
     }
 
     /// Waits until a server other than `old` serves the volume's device.
@@ -325,7 +330,8 @@ fn kernel_log() -> Vec<String> {
 pub fn kernel_saw_no_error() {
     let bad = |l: &&String| {
         let l = l.to_lowercase();
-        l.contains("ublkb") && ["error", "lost", "corrupt", "timeout", "timed out"].iter().any(|w| l.contains(w))
+        l.contains("ublkb")
+            && ["error", "lost", "corrupt", "timeout", "timed out"].iter().any(|w| l.contains(w))
     };
     let log = kernel_log();
     let found: Vec<&String> = log.iter().filter(bad).collect();
@@ -336,7 +342,10 @@ pub fn kernel_saw_no_error() {
 
 /// After a failure: the end of the servers' logs and of the kernel's.
 pub fn show_logs() {
-    println!("{}", shell(&format!("for f in $(find {ROOT} -name '*.log'); do echo \"-- $f\"; tail -n 25 $f; done")));
+    println!(
+        "{}",
+        shell(&format!("for f in $(find {ROOT} -name '*.log'); do echo \"-- $f\"; tail -n 25 $f; done"))
+    );
     println!("-- kernel");
     kernel_log().iter().rev().take(15).rev().for_each(|l| println!("{l}"));
 }
@@ -350,13 +359,16 @@ pub fn ublk_devices() -> Vec<u32> {
 pub fn remove_devices() {
     for id in ublk_devices() {
         // The kernel notices the end of a server a moment after it.
-        wait_for("a device without a server can be removed", Duration::from_secs(10), || tidegate_ublk::delete(id).is_ok());
+        wait_for("a device without a server can be removed", Duration::from_secs(10), || {
+            tidegate_ublk::delete(id).is_ok()
+        });
     }
 }
 
 /// Processes of the `tidegate` command.
 pub fn servers() -> Vec<u64> {
-    let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse::<u64>().ok());
+    let pids =
+        fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_str()?.parse::<u64>().ok());
     pids.filter(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c.trim() == "tidegate"))
         .filter(|pid| is_alive(*pid))
         .collect()
