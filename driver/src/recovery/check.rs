@@ -26,7 +26,7 @@ use crate::format::geometry::{
     CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, PATCH_OFFSET, SUPERBLOCK_COPIES, checkpoint_offset,
 };
 use crate::format::label::label_offset;
-use crate::format::patch::{PATCH_MAGIC, decode_patches};
+use crate::format::patch::decode_patches;
 use crate::format::region::RegionStart;
 use crate::format::superblock::{SUPERBLOCK_BYTES, StageState, Superblock};
 use crate::format::volume_entry::VolumeInfo;
@@ -407,8 +407,14 @@ fn check_patches(
             return;
         }
     };
+    // One that is not valid was torn while it was written, when what it held before was no longer needed. Labels prove
+    // nothing here: the attempt that wrote them may have failed, and the zone is written again by the next.
     let Some((epoch_end, images)) = decode_patches(&zone, superblock.salt) else {
-        check_invalid_patches(stage, &zone, checkpoint, report);
+        if !is_blank(&zone) {
+            report.notes.push(
+                "the patch zone is not valid: never used, cut short while written, or damaged".to_owned(),
+            );
+        }
         return;
     };
     if epoch_end <= checkpoint.lsn {
@@ -430,32 +436,5 @@ fn check_patches(
             );
             report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
         }
-    }
-}
-
-/// A patch zone that is not valid was torn while it was written, unless a label tells that its epoch got beyond that.
-fn check_invalid_patches(stage: &dyn Disk, zone: &[u8], checkpoint: &Checkpoint, report: &mut CheckReport) {
-    if zone.get(8..12) != Some(&PATCH_MAGIC.to_le_bytes()[..]) {
-        if !is_blank(zone) {
-            report.notes.push("the patch zone holds nothing that is valid".to_owned());
-        }
-        return;
-    }
-    let epoch_end = Lsn(u64::from_le_bytes(zone[24..32].try_into().expect("eight bytes")));
-    let proven =
-        epoch_end > checkpoint.lsn && report.volumes.iter().any(|v| v.flushed_lsn == Some(epoch_end));
-    if proven {
-        let what = format!(
-            "the patch zone is damaged: a label tells that it was whole once, and its epoch up to LSN {epoch_end} is \
-             not finished"
-        );
-        let advice =
-            "blocks that were being written in part when power failed may be torn: compare with a copy";
-        report.problem(stage, Some(PATCH_OFFSET), what, advice);
-    } else {
-        report.notes.push(
-            "the patch zone is not whole: it was cut short while written, or damaged when it was no longer needed"
-                .to_owned(),
-        );
     }
 }

@@ -400,13 +400,14 @@ fn backings_are_checked_by_their_labels() {
 }
 
 #[test]
-fn a_torn_patch_zone_is_a_note_unless_a_label_tells_otherwise() {
-    let stage = SampleStage::filled();
-    stage.disk.flip(PATCH_OFFSET + 4096 + 7, 1);
-    let report = check_with(&stage, &stage.backing(1, Lsn(4)));
-    assert!(report.is_sound(), "{:#?}", report.problems);
-    assert_note(&report, "patch zone is not whole");
-    only_problem(&check_with(&stage, &stage.backing(1, Lsn(8))), "patch zone is damaged");
+fn a_torn_patch_zone_is_a_note() {
+    for at in [9, 70, 4096 + 7] {
+        let stage = SampleStage::filled();
+        stage.disk.flip(PATCH_OFFSET + at, 1);
+        let report = check_with(&stage, &stage.backing(1, Lsn(8)));
+        assert!(report.is_sound(), "{:#?}", report.problems);
+        assert_note(&report, "patch zone is not valid");
+    }
 }
 
 #[test]
