@@ -54,18 +54,20 @@ const COLUMNS: usize = 120;
 
 /// Longer modules: file and its length.
 const LONG_MODULES: &[(&str, usize)] = &[
-    ("driver/src/volume/engine.rs", 715),
-    ("tests/src/sim/running.rs", 835),
-    ("tests/src/sim/world.rs", 661),
+    ("driver/src/volume/engine.rs", 774),
+    ("tests/src/sim/running.rs", 847),
+    ("tests/src/sim/world.rs", 672),
     ("ublk/tests/device.rs", 651),
 ];
 /// Longer functions: file and name.
 const LONG_FUNCTIONS: &[(&str, &str)] = &[
+    ("driver/src/recovery/open.rs", "open"),
     ("driver/src/stage/tests.rs", "claim_fill_publish_commit_under_every_schedule"),
     ("tests/src/sim/world.rs", "new"),
 ];
 /// Files with longer lines, and how many.
 const LONG_LINES: &[(&str, usize)] = &[
+    ("benches/src/bin/report.rs", 3),
     ("driver/src/flush/epoch.rs", 2),
     ("driver/src/format/arena.rs", 1),
     ("driver/src/format/checkpoint.rs", 1),
@@ -75,12 +77,12 @@ const LONG_LINES: &[(&str, usize)] = &[
     ("driver/src/format/record.rs", 1),
     ("driver/src/format/superblock.rs", 1),
     ("driver/src/format/volume_entry.rs", 3),
-    ("driver/src/io/file.rs", 1),
+    ("driver/src/io/file.rs", 2),
     ("driver/src/io/file/create.rs", 1),
     ("driver/src/io/probe.rs", 2),
     ("driver/src/recovery/mod.rs", 1),
-    ("driver/src/recovery/open.rs", 6),
-    ("driver/src/recovery/scan.rs", 6),
+    ("driver/src/recovery/open.rs", 10),
+    ("driver/src/recovery/scan.rs", 8),
     ("driver/src/recovery/superblocks.rs", 1),
     ("driver/src/stage/arena.rs", 1),
     ("driver/src/stage/commit.rs", 2),
@@ -90,7 +92,7 @@ const LONG_LINES: &[(&str, usize)] = &[
     ("driver/src/stage/tests.rs", 1),
     ("driver/src/stage/walk.rs", 1),
     ("driver/src/volume/admin.rs", 2),
-    ("driver/src/volume/background.rs", 2),
+    ("driver/src/volume/background.rs", 3),
     ("driver/src/volume/engine.rs", 2),
     ("driver/src/volume/local.rs", 2),
     ("driver/src/volume/shared.rs", 3),
@@ -98,6 +100,7 @@ const LONG_LINES: &[(&str, usize)] = &[
     ("tests/src/sim/model.rs", 3),
     ("tests/src/sim/running.rs", 2),
     ("tests/tests/crash.rs", 1),
+    ("tests/tests/system/life.rs", 1),
     ("tools/src/cli.rs", 4),
     ("tools/src/commands/attach.rs", 2),
     ("tools/src/commands/create.rs", 3),

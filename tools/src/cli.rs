@@ -117,7 +117,8 @@ Examples:
 
 const DETACH_HELP: &str = "\
 Refused while the device is mounted or open. What is not on the backing yet is flushed first; --no-flush leaves it in
-the stage, from where the next attach serves it.
+the stage, from where the next attach serves it. --force ends the device under whoever uses it: their further requests
+fail, and what they had not synced may be lost. What was accepted is kept.
 
 Examples:
   umount /srv/db && tidegate detach db
@@ -125,7 +126,7 @@ Examples:
 
 const STATUS_HELP: &str = "\
 States: attached, detached, recovering, waiting (the device is there and waits for a server: attach it), server-died (the
-same after a crash), error.
+same after a crash), not-answering (the server hangs), error.
 
 JSON: {\"volumes\": [{\"name\", \"state\", \"device\", \"pid\", …}], \"stages\": [{\"uuid\", \"path\", \"pid\", …}]}; sizes are bytes.
 
@@ -234,6 +235,9 @@ pub struct Detach {
     /// Leave in the stage what is not on the backing yet
     #[arg(long)]
     pub no_flush: bool,
+    /// Take the device away from whoever uses it, and without a server if none can be started
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `status`.
@@ -299,7 +303,7 @@ pub struct Run {
 pub struct Delete {
     /// Name of the volume
     pub name: String,
-    /// Forget the name even if stage or backing cannot be used any more
+    /// Also if stage or backing are gone; what is staged for the volume is discarded
     #[arg(long)]
     pub force: bool,
 }

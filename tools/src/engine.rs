@@ -4,18 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tidegate_driver::base::limits::REGION_BYTES_DEFAULT;
-use tidegate_driver::base::{Result, VolumeId};
+use tidegate_driver::base::{ErrorKind, Result, VolumeId};
 use tidegate_driver::format::geometry::PATCH_BYTES_DEFAULT;
 use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
 use tidegate_driver::io::uring::Reactor;
 use tidegate_driver::io::{Disk, FileDisk};
 use tidegate_driver::volume::{VolumeDoor, Wake};
-use tidegate_ublk::{DeviceConfig, DoorFactory};
+use tidegate_ublk::{DeviceConfig, DoorFactory, Status};
 use uuid::Uuid;
 
-pub use crate::stub::{Problem, check, inspect};
+pub use tidegate_driver::recovery::{Problem, check, inspect};
 pub use tidegate_driver::volume::admin::{
-    NewVolume, StageOptions, add_volume, create_stage, read_superblock, remove_volume,
+    NewVolume, StageOptions, add_volume, create_stage, read_label, read_superblock, remove_volume,
 };
 pub use tidegate_driver::volume::{Engine, EngineConfig};
 
@@ -60,6 +60,24 @@ const QUEUES_MAX: usize = 4;
 pub fn identity_of(volume: Uuid) -> u64 {
     let (high, low) = volume.as_u64_pair();
     (high ^ low).max(1)
+}
+
+/// The ublk device of a volume that is there already.
+pub fn device_of(volume: Uuid) -> Result<Option<(u32, Status)>> {
+    let identity = identity_of(volume);
+    let mut found = Vec::new();
+    for id in tidegate_ublk::list()? {
+        match tidegate_ublk::state(id) {
+            Ok(device) if device.identity == identity => found.push((id, device.status)),
+            Ok(_) => {}
+            // Gone meanwhile; or in a state that ours are never in.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Unsupported) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // One that was ended while somebody had it open keeps its number for a while: it is not the one that counts.
+    found.sort_by_key(|(_, status)| *status == Status::Dead);
+    Ok(found.first().copied())
 }
 
 /// Makes the doors of a volume, one on each queue thread of its device.

@@ -1,6 +1,7 @@
 //! Exit codes: one table, which `--help` prints, scripts rely on, and the control protocol uses for its error names.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use tidegate_driver::base::{Error, ErrorKind};
@@ -75,7 +76,7 @@ pub fn kind_named(name: &str) -> ErrorKind {
 /// Prints an error as people and scripts want it, and gives its exit code.
 pub fn report(error: &Error) -> ExitCode {
     let interrupted = crate::signals::was_interrupted();
-    eprintln!("tidegate: {}", error.report());
+    let _ = writeln!(std::io::stderr(), "tidegate: {}", error.report());
     ExitCode::from(if interrupted { INTERRUPTED } else { code_of(error) })
 }
 

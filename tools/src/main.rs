@@ -23,7 +23,6 @@ mod report;
 mod server;
 mod signals;
 mod size;
-mod stub;
 
 use std::process::ExitCode;
 

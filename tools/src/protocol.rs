@@ -44,6 +44,9 @@ pub enum Request {
         volume: String,
         /// Flush the stage afterwards.
         flush: bool,
+        /// Also under whoever uses it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        force: bool,
     },
     /// Add a volume to the stage. Everything was checked by the command, the backing is not locked.
     AddVolume {
@@ -143,6 +146,9 @@ pub struct DeviceStatus {
     pub path: String,
     /// The device came through the death of a server since it was last attached by command.
     pub recovered: bool,
+    /// Why it is not served (yet): clients wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// Writes one value as a line.
@@ -204,7 +210,7 @@ mod tests {
 
     #[test]
     fn requests_and_answers_round_trip() {
-        let request = Request::Detach { volume: "v".into(), flush: true };
+        let request = Request::Detach { volume: "v".into(), flush: true, force: false };
         let line = serde_json::to_string(&Envelope { version: VERSION, request: request.clone() }).unwrap();
         assert_eq!(line, r#"{"version":1,"request":{"detach":{"volume":"v","flush":true}}}"#);
         assert_eq!(parse_request(&line).unwrap(), request);

@@ -29,7 +29,7 @@ pub fn json(value: &impl Serialize) -> Result<()> {
 /// Tells people, not scripts, what is going on: on standard error, if that is a terminal.
 pub fn note(text: impl AsRef<str>) {
     if std::io::stderr().is_terminal() {
-        eprintln!("{}", text.as_ref());
+        let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
     }
 }
 
@@ -54,7 +54,7 @@ impl Progress {
     /// Replaces what is shown.
     pub fn show(&mut self, text: &str) {
         if self.terminal {
-            eprint!("\r\x1b[K{text}");
+            let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
             self.shown = true;
         }
     }
@@ -63,7 +63,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.shown {
-            eprint!("\r\x1b[K");
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 }

@@ -444,6 +444,28 @@ fn a_lost_stage_can_be_forgotten_with_force() {
 }
 
 #[test]
+fn a_lost_backing_does_not_hold_up_the_others() {
+    let bench = Bench::with_volume();
+    bench.ok(&["create", "two", "--stage", "stage", "--backing", "b2", "--size", "8M"]);
+    fs::remove_file(bench.path("b2")).unwrap();
+    bench.ok(&["flush", "db"]);
+    bench.refused(&["delete", "two"], NOT_FOUND, "--force");
+    bench.ok(&["delete", "two", "--force"]);
+    bench.ok(&["check", "db"]);
+    bench.ok(&["create", "two", "--stage", "stage", "--backing", "b2", "--size", "8M"]);
+}
+
+#[test]
+fn a_wrong_backing_is_not_entered() {
+    let bench = Bench::with_volume();
+    bench.ok(&["create", "two", "--stage", "stage", "--backing", "b2", "--size", "64M"]);
+    bench.refused(&["attach", "db", "--backing", "b2"], 8, "volume 'two'");
+    bench.file("blank", 80 * MIB);
+    bench.refused(&["attach", "db", "--backing", "blank"], 8, "no label");
+    bench.ok(&["check", "db"]);
+}
+
+#[test]
 fn help_documents_exit_codes_and_examples() {
     let bench = Bench::new();
     let help = bench.ok(&["--help"]);

@@ -17,7 +17,7 @@ use tidegate_driver::volume::Wake;
 use crate::ctrl::Control;
 use crate::info::{block_path, char_path};
 use crate::params::{DeviceConfig, check_granted};
-use crate::queue::{self, DoorFactory, QueueSetup};
+use crate::queue::{self, DoorFactory, QueueSetup, Step};
 use crate::sys::{self, DevInfo};
 
 /// Where a device comes from.
@@ -80,7 +80,7 @@ impl Device {
         let info = Control::add(config.dev_info())?;
         let started = check_granted(info.flags)
             .and_then(|()| control.set_params(info.dev_id, config.params(info.max_io_buf_bytes)))
-            .and_then(|()| Device::serve(&mut control, &info, factory, Control::start));
+            .and_then(|()| Device::serve(&mut control, &info, factory, |_, _| Ok(()), Control::start));
         if started.is_err() {
             // Nobody saw the device yet.
             if let Err(e) = Control::delete(info.dev_id) {
@@ -124,39 +124,43 @@ impl Device {
                 ),
             ));
         }
-        control.start_recovery(device_id, RECOVERY_PATIENCE).map_err(|e| match e.kind() {
-            ErrorKind::Busy => Error::new(
-                ErrorKind::Busy,
-                format!(
-                    "ublk device {device_id} cannot be taken over: process {} still serves it or has not ended",
-                    info.ublksrv_pid
-                ),
-            ),
-            _ => e,
-        })?;
-        let device = Device::serve(&mut control, &info, factory, Control::end_recovery)?;
-        if size_bytes < config.size_bytes {
-            device.resize(config.size_bytes)?;
+        let device = Device::serve(&mut control, &info, factory, begin_recovery, Control::end_recovery)?;
+        if size_bytes < config.size_bytes
+            && let Err(e) = device.resize(config.size_bytes)
+        {
+            // Clients that have waited come first; they see what is new when the device is attached the next time.
+            tracing::warn!(device = device_id, "recovered with its old size: {}", e.report());
         }
         Ok(device)
     }
 
-    /// Opens the char device, starts the queue threads, lets them fetch, and has `go` make the device live.
+    /// Prepares the queues, has `begin` ready the device for them, opens it, lets them fetch, and has `go` make the device
+    /// live.
     fn serve<F: DoorFactory + 'static>(
         control: &mut Control,
         info: &DevInfo,
         factory: Arc<F>,
+        begin: fn(&mut Control, &DevInfo) -> Result<()>,
         go: fn(&mut Control, u32) -> Result<()>,
     ) -> Result<Device> {
         let device_id = info.dev_id;
-        let cdev = Arc::new(open_char_device(device_id)?);
-        let mut queues = Queues { threads: Vec::new(), wakers: Vec::new(), give_up: Arc::default() };
-        let outcome =
-            start_queues(&mut queues, control, info, &factory, &cdev).and_then(|()| go(control, device_id));
-        if let Err(e) = outcome {
-            queues.give_up();
-            return Err(e);
-        }
+        let mut queues = Queues::default();
+        let outcome = (|| {
+            queues.prepare(control, info, &factory)?;
+            begin(control, info)?;
+            let cdev = Arc::new(open_char_device(device_id)?);
+            queues.advance(&Step::Open(Arc::clone(&cdev)))?;
+            queues.advance(&Step::Fetch)?;
+            go(control, device_id)?;
+            Ok(cdev)
+        })();
+        let cdev = match outcome {
+            Ok(cdev) => cdev,
+            Err(e) => {
+                queues.give_up();
+                return Err(e);
+            }
+        };
         if let Err(e) = wait_for_block_device(device_id) {
             tracing::warn!(device = device_id, "{}", e.report());
         }
@@ -246,13 +250,22 @@ impl Device {
             return Ok(());
         }
         let mut control = Control::open()?;
-        match mode {
-            StopMode::Force => control.stop(self.device_id)?,
-            StopMode::RefuseIfOpen => self.stop_unless_open(&mut control)?,
+        let stopped = match mode {
+            StopMode::Force => control.stop(self.device_id),
+            StopMode::RefuseIfOpen => self.stop_unless_open(&mut control),
+        };
+        match stopped {
+            // Somebody else has stopped or deleted it: the threads end, or have.
+            Err(e) if e.kind() == ErrorKind::NotFound || (e.kind() != ErrorKind::Busy && self.ended()) => {}
+            stopped => stopped?,
         }
         self.join();
         // Whoever still has the block device open (force) keeps its number taken, and must not keep us waiting.
-        if !Control::delete_in_use(self.device_id)? {
+        let deleted = match Control::delete_in_use(self.device_id) {
+            Err(e) if e.kind() == ErrorKind::NotFound => true,
+            deleted => deleted?,
+        };
+        if !deleted {
             tracing::warn!(
                 device = self.device_id,
                 "stopped while open: the number is free once it is closed"
@@ -310,63 +323,109 @@ impl Device {
     }
 }
 
+/// Begins to take over a device. Until the queues have fetched every tag there is no way back on older kernels: another
+/// attempt is refused (`EINVAL`), having happened already.
+fn begin_recovery(control: &mut Control, info: &DevInfo) -> Result<()> {
+    match control.start_recovery(info.dev_id, RECOVERY_PATIENCE) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::Busy => Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "ublk device {} cannot be taken over: process {} still serves it or has not ended",
+                info.dev_id, info.ublksrv_pid
+            ),
+        )),
+        Err(e) if is_invalid(&e) && waits(control, info.dev_id) => {
+            tracing::warn!(device = info.dev_id, "its recovery was begun before: going on with that");
+            Ok(())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn is_invalid(e: &Error) -> bool {
+    let source = std::error::Error::source(e).and_then(|source| source.downcast_ref::<io::Error>());
+    source.and_then(io::Error::raw_os_error) == Some(libc::EINVAL)
+}
+
+fn waits(control: &mut Control, device_id: u32) -> bool {
+    control.info(device_id).is_ok_and(|info| matches!(info.state, sys::S_DEV_QUIESCED | sys::S_DEV_FAIL_IO))
+}
+
+/// The queue threads of a device that is being started. They go step by step, all together.
+#[derive(Default)]
 struct Queues {
     threads: Vec<JoinHandle<()>>,
+    steps: Vec<mpsc::Sender<Step>>,
+    ready: Option<mpsc::Receiver<Result<Waker>>>,
     wakers: Vec<Waker>,
     give_up: Arc<AtomicBool>,
 }
 
 impl Queues {
+    /// Starts the threads, which make all that they need but the device itself.
+    fn prepare<F: DoorFactory + 'static>(
+        &mut self,
+        control: &mut Control,
+        info: &DevInfo,
+        factory: &Arc<F>,
+    ) -> Result<()> {
+        let (ready, readiness) = mpsc::sync_channel(usize::from(info.nr_hw_queues));
+        self.ready = Some(readiness);
+        for queue in 0..info.nr_hw_queues {
+            let setup = QueueSetup {
+                device_id: info.dev_id,
+                queue,
+                depth: info.queue_depth,
+                max_io_bytes: info.max_io_buf_bytes,
+                user_copy: info.flags & sys::F_USER_COPY != 0,
+                cpus: control.queue_affinity(info.dev_id, queue).unwrap_or_default(),
+                give_up: Arc::clone(&self.give_up),
+            };
+            let (step, steps) = mpsc::channel();
+            let (factory, ready) = (Arc::clone(factory), ready.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("ublk{}-q{queue}", info.dev_id))
+                .spawn(move || queue::run(setup, &*factory, &steps, &ready))
+                .map_err(|e| Error::io("cannot start a queue thread", e))?;
+            self.threads.push(thread);
+            self.steps.push(step);
+        }
+        self.wait()
+    }
+
+    /// Has all threads take a step.
+    fn advance(&mut self, step: &Step) -> Result<()> {
+        for thread in &self.steps {
+            // One that has ended has said why.
+            let _ = thread.send(step.clone());
+        }
+        self.wait()
+    }
+
+    /// Waits for one answer of each thread.
+    fn wait(&mut self) -> Result<()> {
+        let mut failure = None;
+        self.wakers.clear();
+        for outcome in self.ready.iter().flatten().take(self.threads.len()) {
+            match outcome {
+                Ok(waker) => self.wakers.push(waker),
+                Err(e) => failure = Some(e),
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
     /// Ends the threads of a device that does not start. Their fetches are cancelled with their rings.
     fn give_up(self) {
         self.give_up.store(true, Ordering::Release);
+        drop(self.steps);
         for waker in &self.wakers {
             waker.wake();
         }
         for thread in self.threads {
             let _ = thread.join();
         }
-    }
-}
-
-fn start_queues<F: DoorFactory + 'static>(
-    queues: &mut Queues,
-    control: &mut Control,
-    info: &DevInfo,
-    factory: &Arc<F>,
-    cdev: &Arc<File>,
-) -> Result<()> {
-    let (ready, readiness) = mpsc::sync_channel(usize::from(info.nr_hw_queues));
-    for queue in 0..info.nr_hw_queues {
-        let setup = QueueSetup {
-            device_id: info.dev_id,
-            queue,
-            depth: info.queue_depth,
-            max_io_bytes: info.max_io_buf_bytes,
-            user_copy: info.flags & sys::F_USER_COPY != 0,
-            cdev: Arc::clone(cdev),
-            cpus: control.queue_affinity(info.dev_id, queue).unwrap_or_default(),
-            give_up: Arc::clone(&queues.give_up),
-        };
-        let (factory, ready) = (Arc::clone(factory), ready.clone());
-        let thread = std::thread::Builder::new()
-            .name(format!("ublk{}-q{queue}", info.dev_id))
-            .spawn(move || queue::run(setup, &*factory, &ready))
-            .map_err(|e| Error::io("cannot start a queue thread", e))?;
-        queues.threads.push(thread);
-    }
-    drop(ready);
-    let mut failure = None;
-    // As many answers as threads: a thread that serves keeps its end of the channel.
-    for outcome in readiness.iter().take(queues.threads.len()) {
-        match outcome {
-            Ok(waker) => queues.wakers.push(waker),
-            Err(e) => failure = Some(e),
-        }
-    }
-    match failure {
-        Some(e) => Err(e),
-        None => Ok(()),
     }
 }
 

@@ -10,11 +10,12 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
 use io_uring::opcode;
@@ -45,11 +46,21 @@ pub(crate) struct QueueSetup {
     pub depth: u16,
     pub max_io_bytes: u32,
     pub user_copy: bool,
-    pub cdev: Arc<File>,
     /// Processors to run on; all zero: any.
     pub cpus: [u64; 16],
     /// Set (and the queue woken) when the device will not start after all.
     pub give_up: Arc<AtomicBool>,
+}
+
+/// What a queue's thread is told to do next, once all queues have done what was before. Everything that may well fail
+/// (memory, rings, doors) is done before the first step: a device whose recovery has begun may be lost if that is not
+/// brought to its end.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    /// Use this char device.
+    Open(Arc<File>),
+    /// Fetch every tag, then serve.
+    Fetch,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -85,20 +96,16 @@ pub struct QueueIo {
 }
 
 impl QueueIo {
-    fn new(setup: &QueueSetup, mut reactor: Reactor) -> Result<QueueIo> {
-        let slot = reactor.register_file(setup.cdev.as_fd())?;
-        let copying = if setup.user_copy {
-            Copying::User
-        } else {
-            Copying::Plain(TagBuffers::new(setup.depth, setup.max_io_bytes)?)
-        };
+    fn new(setup: &QueueSetup, prepared: Prepared, cdev: Arc<File>) -> Result<QueueIo> {
+        let Prepared { mut reactor, copying } = prepared;
+        let slot = reactor.register_file(cdev.as_fd())?;
         let idle = Tag { state: TagState::Idle, kind: RequestKind::Flush, payload: 0 };
         Ok(QueueIo {
-            reactor,
-            cdev: Arc::clone(&setup.cdev),
             slot,
             queue: setup.queue,
-            descs: IoDescs::map(&*setup.cdev, setup.queue, setup.depth)?,
+            descs: IoDescs::map(&*cdev, setup.queue, setup.depth)?,
+            reactor,
+            cdev,
             copying,
             tags: vec![idle; usize::from(setup.depth)].into_boxed_slice(),
             tags_alive: u32::from(setup.depth),
@@ -294,12 +301,24 @@ impl Drop for AbortOnPanic {
     }
 }
 
-/// The thread's body. Reports through `ready` once every tag is fetched or that failed, then serves until the kernel
-/// gives every tag up.
-pub(crate) fn run<F: DoorFactory>(setup: QueueSetup, factory: &F, ready: &SyncSender<Result<Waker>>) {
+/// What a queue has before it has its device.
+struct Prepared {
+    reactor: Reactor,
+    copying: Copying,
+}
+
+/// The thread's body. Reports through `ready` when it is prepared and after each of the `steps`, or that it failed; then
+/// serves until the kernel gives every tag up. Ends if there is no next step.
+pub(crate) fn run<F: DoorFactory>(
+    setup: QueueSetup,
+    factory: &F,
+    steps: &Receiver<Step>,
+    ready: &SyncSender<Result<Waker>>,
+) {
     let _abort = AbortOnPanic;
-    let (mut io, mut door) = match open(&setup, factory) {
-        Ok(opened) => opened,
+    let (mut io, mut door) = match start(&setup, factory, steps, ready) {
+        Ok(Some(started)) => started,
+        Ok(None) => return,
         Err(e) => {
             let _ = ready
                 .send(Err(e.within(format!("queue {} of ublk device {}", setup.queue, setup.device_id))));
@@ -314,7 +333,9 @@ pub(crate) fn run<F: DoorFactory>(setup: QueueSetup, factory: &F, ready: &SyncSe
             "{}; aborting, to be recovered",
             e.report()
         );
-        eprintln!(
+        // To whoever watches; that nobody can be told is no reason to panic.
+        let _ = writeln!(
+            std::io::stderr(),
             "tidegate: ublk device {} queue {}: {}; aborting",
             setup.device_id,
             setup.queue,
@@ -322,21 +343,47 @@ pub(crate) fn run<F: DoorFactory>(setup: QueueSetup, factory: &F, ready: &SyncSe
         );
         std::process::abort();
     }
-    // The door may own what operations in flight belong to: none are left (see `serve`) unless the device never
-    // started. The ring goes before the buffers that its commands name: `reactor` is the first field of `io`.
+    // The door may own what operations in flight belong to: none are left (see `serve`). The ring goes before the
+    // buffers that its commands name: `reactor` is the first field of `io`.
     drop(door);
     drop(io);
 }
 
-fn open<F: DoorFactory>(setup: &QueueSetup, factory: &F) -> Result<(QueueIo, F::Door)> {
+/// Everything up to the first request; `None` if the device is given up.
+fn start<F: DoorFactory>(
+    setup: &QueueSetup,
+    factory: &F,
+    steps: &Receiver<Step>,
+    ready: &SyncSender<Result<Waker>>,
+) -> Result<Option<(QueueIo, F::Door)>> {
+    let (prepared, door) = prepare(setup, factory)?;
+    let waker = prepared.reactor.waker();
+    let _ = ready.send(Ok(waker.clone()));
+    let Ok(Step::Open(cdev)) = steps.recv() else { return Ok(None) };
+    let mut io = QueueIo::new(setup, prepared, cdev)?;
+    let _ = ready.send(Ok(waker));
+    let Ok(Step::Fetch) = steps.recv() else { return Ok(None) };
+    fetch(&mut io)?;
+    Ok(Some((io, door)))
+}
+
+fn prepare<F: DoorFactory>(setup: &QueueSetup, factory: &F) -> Result<(Prepared, F::Door)> {
     set_cpus(&setup.cpus);
     // Inherited from the process if that is hardened; harmless to repeat, and not allowed everywhere.
     let _ = crate::process::set_io_flusher();
     // As many device operations as requests, beside the commands for the tags.
     let mut reactor = Reactor::new(u32::from(setup.depth) * 2)?;
     let waker: Arc<dyn Wake> = Arc::new(reactor.waker());
+    let copying = if setup.user_copy {
+        Copying::User
+    } else {
+        Copying::Plain(TagBuffers::new(setup.depth, setup.max_io_bytes)?)
+    };
     let door = factory.open(setup.queue, waker, &mut reactor)?;
-    let mut io = QueueIo::new(setup, reactor)?;
+    Ok((Prepared { reactor, copying }, door))
+}
+
+fn fetch(io: &mut QueueIo) -> Result<()> {
     io.fetch_all();
     // Commands that the kernel refuses are answered at once, and START would wait for them for ever; accepted ones are
     // answered by the first request.
@@ -349,13 +396,16 @@ fn open<F: DoorFactory>(setup: &QueueSetup, factory: &F) -> Result<(QueueIo, F::
         }
         io.early.push_back(event);
     }
-    Ok((io, door))
+    Ok(())
 }
 
 fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool) -> Result<()> {
+    let mut given_up = false;
     loop {
         while let Some(event) = io.next_event() {
             match event {
+                // Cancelled, or a request that the next server gets again.
+                Event::Raw { .. } if given_up => {}
                 Event::Raw { user_data, result, .. } => {
                     if let Some(request) = io.answered(user_data, result)? {
                         door.request(request, io);
@@ -363,15 +413,14 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
                 }
                 Event::Op(done) => door.op_done(done, io),
                 Event::Wake => {
-                    if give_up.load(Ordering::Acquire) {
-                        return Ok(());
-                    }
+                    given_up |= give_up.load(Ordering::Acquire);
                     door.woken(io);
                 }
             }
         }
         door.batch_end(io);
-        if io.tags_alive == 0 && io.reactor.ops_in_flight() == 0 {
+        // A door works for others too: it may have begun to write the log for all of them, and they wait for its end.
+        if (given_up || io.tags_alive == 0) && io.reactor.ops_in_flight() == 0 {
             return Ok(());
         }
         io.reactor.submit_and_wait(None)?;

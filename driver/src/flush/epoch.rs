@@ -285,17 +285,16 @@ impl EpochRun {
             Phase::Labels => Phase::Sync,
             Phase::Sync => {
                 io.unsettled.clear();
-                Phase::Checkpoint
-            }
-            Phase::Checkpoint => {
+                // The labels are durable: from now on the checkpoint may rely on them, so the next go to the other slot.
                 for (volume, _) in &self.plans {
                     if let Some(target) = io.targets.get_mut(volume) {
                         target.label.sequence += 1;
                         target.label.flushed_lsn = target.attempted;
                     }
                 }
-                Phase::Finished
+                Phase::Checkpoint
             }
+            Phase::Checkpoint => Phase::Finished,
             Phase::Finished => unreachable!("pump stops at the end"),
         };
     }

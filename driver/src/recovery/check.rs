@@ -26,7 +26,7 @@ use crate::format::geometry::{
     CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, PATCH_OFFSET, SUPERBLOCK_COPIES, checkpoint_offset,
 };
 use crate::format::label::label_offset;
-use crate::format::patch::{PATCH_MAGIC, decode_patches};
+use crate::format::patch::decode_patches;
 use crate::format::region::RegionStart;
 use crate::format::superblock::{SUPERBLOCK_BYTES, StageState, Superblock};
 use crate::format::volume_entry::VolumeInfo;
@@ -222,16 +222,21 @@ fn look_at_copy(stage: &dyn Disk, superblock: &Superblock, copy: u32) -> Copy {
 
 fn check_copies(stage: &dyn Disk, superblock: &Superblock, report: &mut CheckReport) {
     let copies: Vec<Copy> = (0..SUPERBLOCK_COPIES).map(|c| look_at_copy(stage, superblock, c)).collect();
+    let bad = copies.iter().filter(|copy| matches!(copy, Copy::Bad(_))).count();
     for (i, copy) in copies.iter().enumerate() {
-        // Copies are updated in order: older ones behind it say that an update was cut short here.
-        let cut_short = copies[i + 1..].iter().any(|c| matches!(c, Copy::Older));
+        // Copies are updated in order, so an update that was cut short leaves one that is torn, current ones before it
+        // and older ones behind it.
+        let (before, behind) = (&copies[..i], &copies[i + 1..]);
+        let cut_short = bad == 1
+            && (behind.iter().all(|c| matches!(c, Copy::Older)) || before.is_empty())
+            && before.iter().all(|c| matches!(c, Copy::Current));
         match copy {
             Copy::Current => report.superblock_copies += 1,
             Copy::Older => report.notes.push(format!(
                 "superblock copy {i} is of an earlier update, which was cut short; the next attach writes it again"
             )),
             Copy::Bad(what) if cut_short => report.notes.push(format!(
-                "superblock copy {i} {what}: its update was cut short; the next attach writes it again"
+                "superblock copy {i} {what}, as an update that is cut short leaves it; the next attach writes it again"
             )),
             Copy::Bad(what) => {
                 let offset = superblock.geometry.superblock_offset(i as u32);
@@ -258,22 +263,27 @@ fn check_checkpoints(
     report.checkpoints = valid().count() as u32;
     let oldest = valid().map(|c| c.sequence).min().unwrap_or(0);
     let newest = valid().max_by_key(|c| c.sequence).cloned();
+    let mut unexplained = Vec::new();
     for (slot, (bytes, found)) in (0..CHECKPOINT_SLOTS).zip(&slots) {
         let at = Some(checkpoint_offset(slot));
-        match (bytes, found, &newest) {
-            (_, Some(_), _) => {}
-            (Err(error), ..) => {
+        match bytes {
+            Ok(_) if found.is_some() => {}
+            Err(error) => {
                 report.problem(stage, at, format!("checkpoint slot {slot}: {}", error.report()), REWRITTEN);
             }
-            (Ok(bytes), None, None) => {
-                if !is_blank(bytes) {
-                    report.problem(stage, at, format!("the checkpoint in slot {slot} is damaged"), RESTORE);
-                }
+            Ok(_) if newest.as_ref().is_some_and(|newest| was_valid(slot, oldest, newest.sequence)) => {
+                let what =
+                    format!("an earlier checkpoint, in slot {slot}, is damaged; the newest one counts");
+                report.problem(stage, at, what, REWRITTEN);
             }
-            (Ok(bytes), None, Some(newest)) => {
-                check_missing_checkpoint(stage, slot, bytes, (oldest, newest.sequence), report);
-            }
+            Ok(bytes) if !is_blank(bytes) => unexplained.push(slot),
+            Ok(_) => {}
         }
+    }
+    if !unexplained.is_empty() {
+        report.notes.push(format!(
+            "checkpoint slots {unexplained:?} hold none that is valid: never used, cut short while written, or damaged"
+        ));
     }
     if newest.is_none() {
         let what =
@@ -283,25 +293,12 @@ fn check_checkpoints(
     newest
 }
 
-/// Judges a slot without a valid checkpoint, when valid ones run from `oldest` to `newest`.
-fn check_missing_checkpoint(
-    stage: &dyn Disk,
-    slot: u32,
-    bytes: &[u8],
-    (oldest, newest): (u64, u64),
-    report: &mut CheckReport,
-) {
+/// Whether the slot once held a checkpoint between the oldest and the newest valid ones. The slot that comes next may
+/// be torn.
+fn was_valid(slot: u32, oldest: u64, newest: u64) -> bool {
     let slots = u64::from(CHECKPOINT_SLOTS);
     let age = (newest % slots + slots - u64::from(slot)) % slots;
-    if newest.checked_sub(age).is_some_and(|expected| expected > oldest && age < slots - 1) {
-        let what = format!("an earlier checkpoint, in slot {slot}, is damaged; checkpoint {newest} counts");
-        report.problem(stage, Some(checkpoint_offset(slot)), what, REWRITTEN);
-    } else if !is_blank(bytes) {
-        report.notes.push(format!(
-            "checkpoint slot {slot} holds none that is valid: its write was cut short, or it is damaged, or it was \
-             never used; checkpoint {newest} counts"
-        ));
-    }
+    age < slots - 1 && newest.checked_sub(age).is_some_and(|expected| expected > oldest)
 }
 
 fn check_end(
@@ -410,8 +407,14 @@ fn check_patches(
             return;
         }
     };
+    // One that is not valid was torn while it was written, when what it held before was no longer needed. Labels prove
+    // nothing here: the attempt that wrote them may have failed, and the zone is written again by the next.
     let Some((epoch_end, images)) = decode_patches(&zone, superblock.salt) else {
-        check_invalid_patches(stage, &zone, checkpoint, report);
+        if !is_blank(&zone) {
+            report.notes.push(
+                "the patch zone is not valid: never used, cut short while written, or damaged".to_owned(),
+            );
+        }
         return;
     };
     if epoch_end <= checkpoint.lsn {
@@ -433,32 +436,5 @@ fn check_patches(
             );
             report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
         }
-    }
-}
-
-/// A patch zone that is not valid was torn while it was written, unless a label tells that its epoch got beyond that.
-fn check_invalid_patches(stage: &dyn Disk, zone: &[u8], checkpoint: &Checkpoint, report: &mut CheckReport) {
-    if zone.get(8..12) != Some(&PATCH_MAGIC.to_le_bytes()[..]) {
-        if !is_blank(zone) {
-            report.notes.push("the patch zone holds nothing that is valid".to_owned());
-        }
-        return;
-    }
-    let epoch_end = Lsn(u64::from_le_bytes(zone[24..32].try_into().expect("eight bytes")));
-    let proven =
-        epoch_end > checkpoint.lsn && report.volumes.iter().any(|v| v.flushed_lsn == Some(epoch_end));
-    if proven {
-        let what = format!(
-            "the patch zone is damaged: a label tells that it was whole once, and its epoch up to LSN {epoch_end} is \
-             not finished"
-        );
-        let advice =
-            "blocks that were being written in part when power failed may be torn: compare with a copy";
-        report.problem(stage, Some(PATCH_OFFSET), what, advice);
-    } else {
-        report.notes.push(
-            "the patch zone is not whole: it was cut short while written, or damaged when it was no longer needed"
-                .to_owned(),
-        );
     }
 }

@@ -23,6 +23,7 @@ pub struct SuperblockRead {
 pub fn read(disk: &dyn Disk) -> Result<SuperblockRead> {
     let mut copies: [Option<Superblock>; SUPERBLOCK_COPIES as usize] = Default::default();
     let mut resembles = false;
+    let mut unreadable = None;
     let mut device_bytes = disk.len_bytes();
     let mut bytes = vec![0; SUPERBLOCK_BYTES];
     for copy in 0..SUPERBLOCK_COPIES {
@@ -31,13 +32,21 @@ pub fn read(disk: &dyn Disk) -> Result<SuperblockRead> {
             device_bytes = first.geometry.device_bytes;
         }
         let offset = superblock_offset(device_bytes, copy);
-        if offset + SUPERBLOCK_BYTES as u64 > disk.len_bytes() || disk.read(offset, &mut bytes).is_err() {
+        if offset + SUPERBLOCK_BYTES as u64 > disk.len_bytes() {
+            continue;
+        }
+        if let Err(error) = disk.read(offset, &mut bytes) {
+            unreadable = Some(error);
             continue;
         }
         resembles |= Superblock::resembles(&bytes);
         copies[copy as usize] = Superblock::decode(&bytes, copy).map_err(|e| e.within(disk.name()))?;
     }
     let Some(newest) = copies.iter().flatten().max_by_key(|s| s.sequence).cloned() else {
+        // What cannot be read may well be a stage.
+        if let Some(error) = unreadable {
+            return Err(error);
+        }
         return Err(if resembles {
             Error::new(
                 ErrorKind::Damaged,
@@ -68,7 +77,7 @@ pub fn read(disk: &dyn Disk) -> Result<SuperblockRead> {
 }
 
 /// Writes copy after copy, each durable before the next is touched. A copy that cannot be written is passed over: it is
-/// what the others are for. Fails if none could be written; then no update may use the same sequence number again.
+/// what the others are for. Fails if none could be written or a sync fails; then no update may use the same sequence number again.
 pub fn write(disk: &dyn Disk, superblock: &Superblock) -> Result<()> {
     let copies: Vec<u32> = (0..SUPERBLOCK_COPIES).collect();
     write_copies(disk, superblock, &copies).map(|_| ())
@@ -80,13 +89,16 @@ fn write_copies(disk: &dyn Disk, superblock: &Superblock, copies: &[u32]) -> Res
     for &copy in copies {
         let image = superblock.encode(copy);
         let offset = superblock.geometry.superblock_offset(copy);
-        match disk.write(offset, image.as_bytes()).and_then(|()| disk.sync()) {
+        match disk.write(offset, image.as_bytes()) {
             Ok(()) => written += 1,
             Err(error) => {
                 tracing::warn!("superblock copy {copy} of {}: {}", disk.name(), error.report());
                 failed = Some(error);
             }
         }
+        // Whatever became of this copy must be settled before the next is touched: with a failing sync a power cut could
+        // tear all of them.
+        disk.sync()?;
     }
     match failed {
         Some(error) if written == 0 => Err(error),

@@ -1,1 +1,90 @@
+//! What opening has to notice.
+use std::collections::BTreeMap;
 
+use zerocopy::IntoBytes;
+
+use super::sample_stage::SampleStage;
+use super::scan::scan;
+use super::{ArenaSource, Environment, open};
+use crate::base::checksum::crc64;
+use crate::base::{ByteRange, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
+use crate::format::arena::ArenaIdentity;
+use crate::format::record::{Record, RecordKind};
+use crate::format::volume_entry::AckLevel;
+use crate::io::Disk;
+use crate::stage::arena::Arena;
+
+fn end(stage: &SampleStage) -> std::result::Result<u64, String> {
+    scan(&stage.disk, &stage.superblock, &mut |_| {}).map(|l| l.next_lsn.0 - 1).map_err(|e| e.report())
+}
+
+#[test]
+fn a_damaged_header_of_the_last_region_is_damage() {
+    let stage = SampleStage::filled();
+    stage.disk.flip(stage.place(RegionSeq(3), 20), 1);
+    assert!(end(&stage).is_err(), "36 durable records, the log is said to end at {:?}", end(&stage));
+}
+
+#[test]
+fn a_hole_behind_an_old_checkpoint_is_damage() {
+    let mut stage = SampleStage::filled();
+    for _ in 0..4 {
+        stage.begin_region();
+        stage.spoken = Lsn(12);
+        stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+    }
+    // The newest checkpoint (at LSN 12) is damaged, and so is the header of region 3, which was not flushed.
+    stage.disk.flip(stage.place(RegionSeq(3), 20), 1);
+    assert!(end(&stage).is_err(), "records 13..=36 are given up without a word");
+}
+
+struct Given(Option<Arena>);
+
+impl ArenaSource for Given {
+    fn find(&mut self, _: &ArenaIdentity, _: u64) -> Result<Option<Arena>> {
+        Ok(self.0.take())
+    }
+    fn make(&mut self, identity: &ArenaIdentity, _: u64) -> Result<Arena> {
+        Arena::anonymous(identity)
+    }
+}
+
+#[test]
+fn records_that_only_the_arena_holds_need_their_backing_too() {
+    let mut stage = SampleStage::new();
+    for volume in &mut stage.superblock.volumes {
+        volume.ack = AckLevel::Memory;
+    }
+    stage.put_superblock();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+    let s = &stage.superblock;
+    let identity = ArenaIdentity::new(s.stage_uuid, s.arena_id, &s.geometry);
+    let arena = Arena::anonymous(&identity).unwrap();
+    // Record 2, for volume 2, was acknowledged in memory only.
+    let payload = vec![7u8; 64];
+    let record = Record {
+        lsn: Lsn(2),
+        volume: VolumeId(2),
+        kind: RecordKind::Write,
+        range: ByteRange::at(0, 64),
+        payload_bytes: 64,
+        payload_checksum: crc64(&payload),
+        timestamp_ns: 1,
+        incarnation: s.incarnation as u16,
+    };
+    let at = 512 + stage.regions[0].groups[0].bytes + 64;
+    arena.put(RegionSeq(1), at, record.encode(s.salt, RegionSeq(1)).as_bytes());
+    arena.put(RegionSeq(1), at + 64, &payload);
+    let one = stage.backing(1, Lsn(0));
+    let backings: BTreeMap<VolumeId, &dyn Disk> = [(VolumeId(1), &one as &dyn Disk)].into();
+    let environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false };
+    match open(&stage.disk, &backings, &mut Given(Some(arena)), environment) {
+        Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound),
+        Ok(opened) => panic!(
+            "opened; volume 2 has something staged: {}, has a flush target: {}",
+            opened.core.is_staged(VolumeId(2)),
+            opened.targets.contains_key(&VolumeId(2))
+        ),
+    }
+}

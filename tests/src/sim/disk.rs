@@ -207,7 +207,9 @@ impl SimDisk {
             _ => {
                 // Sectors stay, are written, or get one half: bytes that did not change stay what they were.
                 let mut torn = self.visible(offset, data.len());
-                for (old, new) in torn.chunks_mut(self.sector as usize / 2).zip(data.chunks(self.sector as usize / 2)) {
+                for (old, new) in
+                    torn.chunks_mut(self.sector as usize / 2).zip(data.chunks(self.sector as usize / 2))
+                {
                     if rng.chance(500) {
                         old.copy_from_slice(new);
                     }

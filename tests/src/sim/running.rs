@@ -362,7 +362,8 @@ impl Running {
         {
             let mut ctl = lock(site.ctl);
             ctl.step += 1;
-            if ctl.step >= ctl.crash_at + 300 || (ctl.step >= ctl.crash_at && self.is_moment(ctl.crash_while)) {
+            if ctl.step >= ctl.crash_at + 300 || (ctl.step >= ctl.crash_at && self.is_moment(ctl.crash_while))
+            {
                 return Err(Stop::Crash);
             }
             self.had_faults |= ctl.faults.stage_write > 0;

@@ -381,11 +381,8 @@ impl World {
         }
         self.ask_again();
         let habits = Habits::draw(&mut self.rng);
-        let quota = if self.options.short.is_some() {
-            self.rng.range(4, 40)
-        } else {
-            self.rng.pick(&[20, 100, 400])
-        };
+        let quota =
+            if self.options.short.is_some() { self.rng.range(4, 40) } else { self.rng.pick(&[20, 100, 400]) };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
         running.quota = quota;

@@ -1,5 +1,6 @@
 //! `attach`: finds or starts the server and has it make the device.
 
+use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -18,6 +19,8 @@ use crate::{engine, paths, report, server};
 
 /// How long the server may vanish under our eyes before that is an error.
 const RETRY: Duration = Duration::from_secs(60);
+/// The same for `detach --force`, which knows what to do then.
+const RETRY_FORCED: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 
 /// `attach`.
@@ -28,8 +31,22 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
         return server::foreground(registry, &entry, args.accept_loss, args.json);
     }
     let device = attach(registry, &entry, args.accept_loss)?;
+    tell_repairs(registry, &entry);
     print_device(&entry, &device, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells people that a device begins to fail.
+fn tell_repairs(registry: &Registry, entry: &Entry) {
+    let status = Client::connect(&registry.stage_dir(entry.stage_uuid)).and_then(|c| c.status().ok());
+    let repaired = status.map_or(0, |s| s.recovery.superblocks_repaired);
+    if repaired > 0 {
+        let _ = writeln!(
+            std::io::stderr(),
+            "tidegate: note: {repaired} of the superblock copies on {} were damaged and have been written again",
+            entry.stage.display()
+        );
+    }
 }
 
 /// Prints what scripts wait for.
@@ -77,7 +94,11 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
         ));
     }
     let backing = match (&args.backing, known) {
-        (Some(path), _) => paths::absolute(path)?,
+        (Some(path), _) => {
+            let path = paths::absolute(path)?;
+            refuse_other_backing(&path, stage_uuid, &volume)?;
+            path
+        }
         (None, Some(entry)) => entry.backing,
         (None, None) => volume.backing.into(),
     };
@@ -91,6 +112,23 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
     let entry = Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid);
     registry.put(&entry)?;
     Ok(entry)
+}
+
+/// Refuses what is not the backing of the volume, before it is entered as that.
+fn refuse_other_backing(path: &Path, stage_uuid: uuid::Uuid, volume: &VolumeInfo) -> Result<()> {
+    let disk = FileDisk::open_to_look(path).map_err(|e| e.within("backing"))?;
+    let label = engine::read_label(&disk, volume.size_bytes)?;
+    let what = match label {
+        Some(label) if (label.stage_uuid, label.volume_uuid) == (stage_uuid, volume.uuid) => return Ok(()),
+        Some(label) => {
+            format!("is the backing of volume '{}' of stage {}", label.name, label.stage_uuid)
+        }
+        None => "carries no label of it".to_owned(),
+    };
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!("{} is not the backing of volume '{}': it {what}", path.display(), volume.name),
+    ))
 }
 
 fn volume_on(stage: &Path, name: &str) -> Result<(uuid::Uuid, VolumeInfo)> {
@@ -129,18 +167,24 @@ pub fn ask_or_start(
     let mut child: Option<Child> = None;
     let mut give_up = Instant::now() + RETRY;
     let mut noted = false;
+    let mut asked = false;
     let begun = Instant::now();
     loop {
         if let Some(client) = Client::connect(&dir) {
             match client.ask_unless_gone(request.clone()) {
+                // The one that ended before it answered had done it.
+                Some(Err(e)) if asked && e.kind() == ErrorKind::NotFound && is_detach(request) => {
+                    return Ok(Reply::Done);
+                }
                 Some(outcome) => return outcome,
                 None if Instant::now() >= give_up => return client.ask(request.clone()),
-                None => {}
+                None => asked = true,
             }
         } else if let Some(started) = &mut child {
             let ended = started.try_wait().map_err(|e| Error::io("cannot watch the supervisor", e))?;
             if let Some(status) = ended {
-                if status.code() != Some(i32::from(server::supervise::ALREADY)) {
+                // One that ended in order had nothing to serve when it did: the next one has.
+                if !status.success() && status.code() != Some(i32::from(server::supervise::ALREADY)) {
                     return Err(start_failure(&dir));
                 }
                 child = None;
@@ -149,6 +193,14 @@ pub fn ask_or_start(
                 give_up = Instant::now() + RETRY;
             }
         } else if dir.is_supervised() {
+            // It starts one server after the other, for the sake of clients that wait: that may take a repair.
+            let is_forced = matches!(request, Request::Detach { force: true, .. });
+            let patience = if is_forced { RETRY_FORCED } else { RETRY };
+            if begun.elapsed() > patience
+                && let Some(e) = dir.start_error()?
+            {
+                return Err(e.within("the server cannot be started, which is tried again and again"));
+            }
             give_up = Instant::now() + RETRY;
         } else if Instant::now() >= give_up {
             return Err(start_failure(&dir));
@@ -161,6 +213,10 @@ pub fn ask_or_start(
         }
         std::thread::sleep(POLL);
     }
+}
+
+fn is_detach(request: &Request) -> bool {
+    matches!(request, Request::Detach { .. })
 }
 
 fn start_failure(dir: &StageDir) -> Error {

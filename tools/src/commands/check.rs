@@ -1,6 +1,7 @@
 //! `check`: offline verification. Exit codes of its own: 0 clean, 1 damage found, 2 could not check.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -21,7 +22,7 @@ pub fn run(registry: &Registry, args: &Check) -> Result<ExitCode> {
     Ok(ExitCode::from(match check(registry, args) {
         Ok(code) => code,
         Err(e) => {
-            eprintln!("tidegate: could not check: {}", e.report());
+            let _ = writeln!(std::io::stderr(), "tidegate: could not check: {}", e.report());
             // What cannot be read as a stage any more but was one is damage, not a failure to look.
             if e.kind() == ErrorKind::Damaged { exit::CHECK_DAMAGE } else { exit::CHECK_FAILED }
         }
@@ -84,7 +85,7 @@ fn check(registry: &Registry, args: &Check) -> Result<u8> {
         report::line(format!("note: {note}"))?;
     }
     for what in &unchecked {
-        eprintln!("tidegate: {what}");
+        let _ = writeln!(std::io::stderr(), "tidegate: {what}");
     }
     report::line(match code {
         exit::OK => format!("{}: clean", path.display()),

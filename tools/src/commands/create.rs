@@ -1,5 +1,6 @@
 //! `create`: every check first, then files, stage, volume, and the name last. What fails is undone.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -292,7 +293,11 @@ impl Work<'_> {
         if outcome.is_err() {
             for path in &made {
                 if let Err(e) = std::fs::remove_file(path) {
-                    eprintln!("tidegate: cannot remove {}, which was made in vain: {e}", path.display());
+                    let _ = writeln!(
+                        std::io::stderr(),
+                        "tidegate: cannot remove {}, which was made in vain: {e}",
+                        path.display()
+                    );
                 }
             }
         }
@@ -404,7 +409,11 @@ fn take_back(stage: &Stage, name: &str) {
         Stage::Missing { .. } => Ok(()),
     };
     if let Err(e) = taken {
-        eprintln!("tidegate: volume '{name}' stays on the stage without an entry: {}", e.report());
+        let _ = writeln!(
+            std::io::stderr(),
+            "tidegate: volume '{name}' stays on the stage without an entry: {}",
+            e.report()
+        );
     }
 }
 

@@ -1,14 +1,17 @@
 //! `delete`: takes a volume off its stage and forgets its name. Files and devices are the user's and stay.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::io::FileDisk;
+use tidegate_ublk::Status;
 
 use super::by_server_or_here;
 use crate::cli::Delete;
 use crate::protocol::Request;
-use crate::registry::Registry;
-use crate::report;
+use crate::registry::{Entry, Registry};
+use crate::{engine, report};
 
 /// `delete`.
 pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
@@ -20,12 +23,23 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     match removed {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
-        Err(e) if args.force => note = Some(format!("the stage still lists the volume: {}", e.report())),
+        Err(e) if args.force => {
+            note = Some(match remove_offline(registry, &entry)? {
+                Ok(()) => {
+                    "its backing was not there: writes to it that were still in the stage are discarded"
+                        .into()
+                }
+                Err(other) if other.kind() == ErrorKind::NotFound => {
+                    format!("the stage may still list the volume: {}", e.report())
+                }
+                Err(other) => format!("the stage still lists the volume: {}; {}", e.report(), other.report()),
+            });
+        }
         Err(e) => {
             return Err(Error::new(
                 e.kind(),
                 format!(
-                    "{}; `tidegate delete --force {}` forgets the name all the same",
+                    "{}; `tidegate delete --force {}` deletes it all the same, with what is staged for it",
                     e.report(),
                     args.name
                 ),
@@ -38,7 +52,7 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
         registry.stage_dir(entry.stage_uuid).remove();
     }
     if let Some(note) = note {
-        eprintln!("tidegate: note: {note}");
+        let _ = writeln!(std::io::stderr(), "tidegate: note: {note}");
     }
     report::line(format!("deleted volume '{}'; its data stay on {}", args.name, entry.backing.display()))?;
     if !others {
@@ -48,4 +62,37 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes the volume off its stage without its backing. The outer error: not now.
+fn remove_offline(registry: &Registry, entry: &Entry) -> Result<Result<()>> {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    let busy = |what: String| Err(Error::new(ErrorKind::Busy, what));
+    let Some(_lock) = dir.try_lock()? else {
+        return busy(format!(
+            "the stage of '{}' has a server, which cannot use the backing: detach its other volumes first",
+            entry.name
+        ));
+    };
+    if let Some((device_id, _)) = engine::device_of(entry.volume_uuid)?.filter(|(_, s)| *s != Status::Dead) {
+        return busy(format!(
+            "ublk device {device_id} of '{}' waits for a server: `tidegate detach --force {}` first",
+            entry.name, entry.name
+        ));
+    }
+    let stage = match FileDisk::open_exclusive(&entry.stage) {
+        Ok(stage) => stage,
+        Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
+        Err(e) => return Ok(Err(e)),
+    };
+    Ok((|| {
+        let superblock = engine::read_superblock(&stage)?.superblock;
+        let ours = superblock.volumes.iter().find(|v| v.uuid == entry.volume_uuid);
+        match ours.filter(|_| superblock.stage_uuid == entry.stage_uuid) {
+            Some(volume) => engine::remove_volume(&stage, &volume.name),
+            None => {
+                Err(Error::new(ErrorKind::NotFound, "another stage is there, or it lists the volume no more"))
+            }
+        }
+    })())
 }

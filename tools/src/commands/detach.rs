@@ -1,15 +1,18 @@
 //! `detach`: ends the device, flushes the stage.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_ublk::Status;
 
 use super::attach;
 use crate::cli::Detach;
 use crate::client::Client;
+use crate::engine;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry, StageDir};
 use crate::report::{self, Progress};
@@ -22,8 +25,8 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
     let entry = registry.get(&args.name)?;
     let dir = registry.stage_dir(entry.stage_uuid);
-    let request = Request::Detach { volume: entry.name.clone(), flush: !args.no_flush };
-    if Client::connect(&dir).is_none() && !has_device(registry, &entry)? {
+    let request = Request::Detach { volume: entry.name.clone(), flush: !args.no_flush, force: args.force };
+    if Client::connect(&dir).is_none() && !has_device(registry, &entry)? && !(args.force && exists(&entry)?) {
         return Err(not_attached(&entry.name));
     }
     let done = AtomicBool::new(false);
@@ -34,6 +37,13 @@ pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
         done.store(true, Ordering::Release);
         outcome
     });
+    let outcome = match outcome {
+        Err(e) if args.force => {
+            end_without_server(&dir, &entry, e)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        outcome => outcome,
+    };
     match outcome? {
         Reply::Done => {}
         other => {
@@ -70,6 +80,31 @@ pub fn not_attached(name: &str) -> Error {
 fn has_device(registry: &Registry, entry: &Entry) -> Result<bool> {
     let runtime = registry.stage_dir(entry.stage_uuid).runtime()?;
     Ok(runtime.is_some_and(|r| r.devices.iter().any(|d| d.volume_uuid == entry.volume_uuid)))
+}
+
+fn exists(entry: &Entry) -> Result<bool> {
+    Ok(engine::device_of(entry.volume_uuid)?.is_some_and(|(_, status)| status != Status::Dead))
+}
+
+/// Ends a device that waits for a server which cannot be started because of `problem`.
+fn end_without_server(dir: &StageDir, entry: &Entry, problem: Error) -> Result<()> {
+    // A server that is there has decided. A supervisor alone may be at its next attempt: that finds the device gone.
+    if Client::connect(dir).is_some() {
+        return Err(problem);
+    }
+    let Some((device_id, _)) = engine::device_of(entry.volume_uuid)? else { return Err(problem) };
+    tidegate_ublk::delete(device_id)?;
+    if let Some(mut runtime) = dir.runtime()? {
+        runtime.devices.retain(|d| d.volume_uuid != entry.volume_uuid);
+        dir.put_runtime(&runtime)?;
+    }
+    let _ = writeln!(
+        std::io::stderr(),
+        "tidegate: note: the device of '{}' is ended; what is staged stays in the stage, which has a problem: {}",
+        entry.name,
+        problem.report()
+    );
+    Ok(())
 }
 
 fn show_progress(registry: &Registry, entry: &Entry, done: &AtomicBool) {

@@ -31,7 +31,7 @@ pub fn run(args: &Inspect) -> Result<ExitCode> {
     }
     for structure in &structures {
         let valid = if structure.valid { "" } else { "  NOT VALID" };
-        report::line(format!("{:>12}  {}{valid}", structure.offset, structure.name))?;
+        report::line(format!("{:>12}  {}{valid}", structure.offset, structure.kind))?;
         for (key, value) in &structure.fields {
             report::line(format!("{:14}{key}: {value}", ""))?;
         }

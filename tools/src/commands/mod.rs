@@ -51,11 +51,12 @@ fn by_server_or_here(
     };
     let server = Server::open(registry, entry.stage_uuid, false)?;
     let outcome = match server.waiting_device() {
-        Some(volume) => Err(Error::new(
+        Err(e) => Err(e),
+        Ok(Some(volume)) => Err(Error::new(
             ErrorKind::Busy,
             format!("the device of volume '{volume}' waits for a server: `tidegate attach {volume}` first"),
         )),
-        None => here(&server),
+        Ok(None) => here(&server),
     };
     server.close(true).and(outcome)
 }

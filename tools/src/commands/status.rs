@@ -45,6 +45,8 @@ enum State {
     Waiting,
     /// Its device waits for a server after a crash.
     ServerDied,
+    /// Its server is there and does not answer.
+    NotAnswering,
     /// Its stage cannot be read.
     Error,
 }
@@ -57,6 +59,7 @@ impl State {
             State::Recovering => "recovering",
             State::Waiting => "waiting",
             State::ServerDied => "server-died",
+            State::NotAnswering => "not-answering",
             State::Error => "error",
         }
     }
@@ -106,9 +109,19 @@ struct Stage {
 /// What is known of a stage.
 struct Known {
     server: Option<ServerStatus>,
+    /// There is a server, but it does not answer.
+    hangs: Option<Error>,
     runtime: Option<Runtime>,
     supervised: bool,
     superblock: std::result::Result<Superblock, Error>,
+}
+
+impl Known {
+    /// Process id of the server, which one that does not answer has noted.
+    fn pid(&self) -> Option<u32> {
+        let noted = || self.runtime.as_ref().filter(|_| self.hangs.is_some()).map(|r| r.server_pid);
+        self.server.as_ref().map(|s| s.pid).or_else(noted)
+    }
 }
 
 /// `status`.
@@ -156,7 +169,11 @@ fn look_at(registry: &Registry, entry: &Entry) -> Known {
     let dir = registry.stage_dir(entry.stage_uuid);
     // Whether it is supervised first: a server that has begun to answer meanwhile counts.
     let supervised = dir.is_supervised();
-    let server = Client::connect(&dir).and_then(|client| client.status().ok());
+    let (server, hangs) = match Client::connect(&dir).map(|client| client.status()) {
+        Some(Ok(status)) => (Some(status), None),
+        Some(Err(e)) => (None, Some(e)),
+        None => (None, None),
+    };
     let superblock = FileDisk::open_to_look(&entry.stage)
         .and_then(|disk| engine::read_superblock(&disk))
         .and_then(|read| {
@@ -173,7 +190,7 @@ fn look_at(registry: &Registry, entry: &Entry) -> Known {
                 ),
             ))
         });
-    Known { server, runtime: dir.runtime().ok().flatten(), supervised, superblock }
+    Known { server, hangs, runtime: dir.runtime().ok().flatten(), supervised, superblock }
 }
 
 fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
@@ -181,13 +198,14 @@ fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
     let start_error = || registry.stage_dir(entry.stage_uuid).start_error().ok().flatten();
     let problem = match (&server, &known.superblock) {
         (Some(server), _) => server.stage.problem.clone(),
+        (None, _) if let Some(e) = &known.hangs => Some(e.report()),
         (None, Err(e)) => Some(e.report()),
         (None, Ok(_)) => start_error().map(|e| format!("the last start failed: {}", e.report())),
     };
     Stage {
         uuid: entry.stage_uuid,
         path: entry.stage.display().to_string(),
-        pid: server.map(|s| s.pid),
+        pid: known.pid(),
         supervisor_pid: server.and_then(|s| s.supervisor_pid),
         log_file: registry.stage_dir(entry.stage_uuid).log_path().display().to_string(),
         problem,
@@ -203,8 +221,10 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id))
     });
     let state = match (server, device, left) {
+        (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
         (Some(_), Some(_), _) => State::Attached,
         (Some(_), None, _) => State::Detached,
+        (None, _, _) if known.hangs.is_some() => State::NotAnswering,
         (None, _, _) if known.supervised => State::Recovering,
         (None, _, Some((true, _))) => State::Waiting,
         (None, _, Some((false, _))) => State::ServerDied,
@@ -225,7 +245,7 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         state,
         device: device_id.map(|id| tidegate_ublk::info::block_path(id).display().to_string()),
         device_id,
-        pid: server.map(|s| s.pid),
+        pid: known.pid(),
         recovered: device.is_some_and(|d| d.recovered),
         size_bytes: counters.map(|v| v.size_bytes).or(info.map(|i| i.size_bytes)),
         block_bytes: info.map(|i| i.block_bytes),
@@ -234,7 +254,11 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         stage: entry.stage.display().to_string(),
         stage_uuid: entry.stage_uuid,
         backing: entry.backing.display().to_string(),
-        problem: counters.and_then(|v| v.problem.clone()).or(missing).or(unread),
+        problem: counters
+            .and_then(|v| v.problem.clone())
+            .or(device.and_then(|d| d.problem.clone()))
+            .or(missing)
+            .or(unread),
         reads: counters.map_or(0, |v| v.reads),
         writes: counters.map_or(0, |v| v.writes),
         discards: counters.map_or(0, |v| v.discards),

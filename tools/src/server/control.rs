@@ -25,6 +25,9 @@ const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
 /// A server without a device ends after this: whoever started it did not come back.
 const IDLE: Duration = Duration::from_secs(30);
 const IDLE_LOOK_MS: u16 = 5000;
+/// Pauses between attempts to take over devices that wait.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// Serves until the last detach, a shutdown request, SIGTERM or SIGINT.
 pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> Result<ExitCode> {
@@ -34,6 +37,7 @@ pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> 
     let end = Arc::new(end);
     let connections = Arc::new(AtomicUsize::new(0));
     tracing::info!("serving, process {}", std::process::id());
+    retry_in_thread(server);
     let mut idle_since = Instant::now();
     loop {
         let mut fds = [
@@ -70,6 +74,25 @@ pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> 
         if called && let Ok((stream, _)) = listener.accept() {
             answer_in_thread(server, stream, &end, &connections);
         }
+    }
+}
+
+/// Goes on trying to take over the devices that could not be taken over at once, beside the commands.
+fn retry_in_thread(server: &Arc<Server>) {
+    if !server.has_waiting() {
+        return;
+    }
+    let server = Arc::clone(server);
+    let spawned = std::thread::Builder::new().name("recover".into()).spawn(move || {
+        let mut pause = RETRY_FIRST;
+        while server.has_waiting() {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RETRY_MAX);
+            server.retry_waiting();
+        }
+    });
+    if let Err(e) = spawned {
+        tracing::error!("cannot start a thread for the devices that wait: {e}; attach them again by command");
     }
 }
 
@@ -129,7 +152,9 @@ fn carry_out(server: &Server, request: Request) -> Result<Reply> {
     match request {
         Request::Status => Ok(Reply::Status(Box::new(server.status()))),
         Request::Attach { volume } => server.attach(&volume).map(Reply::Device),
-        Request::Detach { volume, flush } => server.detach(&volume, flush).map(|()| Reply::Done),
+        Request::Detach { volume, flush, force } => {
+            server.detach(&volume, flush, force).map(|()| Reply::Done)
+        }
         Request::AddVolume { name, backing, size_bytes, block_bytes, ack, on_log_error } => {
             let new = NewVolume { name, size_bytes, block_bytes, ack, on_log_error, backing };
             server.add_volume(new).map(Reply::Volume)

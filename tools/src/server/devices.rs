@@ -1,7 +1,7 @@
 //! Devices of a server: made, recovered, ended.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -9,6 +9,7 @@ use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::VolumeInfo;
 use tidegate_driver::io::Disk;
 use tidegate_driver::io::file::mount_points;
+use tidegate_ublk::info::block_path;
 use tidegate_ublk::{Device, Start, Status, StopMode, sys};
 
 use super::Server;
@@ -35,44 +36,76 @@ pub fn can_resize(device: &Device) -> bool {
     device.flags() & sys::F_UPDATE_SIZE != 0
 }
 
-/// A ublk device of this volume that is there already.
-fn existing(volume: &VolumeInfo) -> Option<(u32, Status)> {
-    let identity = engine::identity_of(volume.uuid);
-    let ids = tidegate_ublk::list().unwrap_or_default();
-    let mut found: Vec<_> = ids
-        .into_iter()
-        .filter_map(|id| tidegate_ublk::state(id).ok())
-        .filter(|d| d.identity == identity)
-        .collect();
-    // One that was ended while somebody had it open keeps its number for a while: it is not the one that counts.
-    found.sort_by_key(|d| d.status == Status::Dead);
-    found.first().map(|d| (d.device_id, d.status))
+/// A device that waits for this server, which could not take it over.
+pub struct Waiting {
+    /// Its number.
+    pub device_id: u32,
+    /// Why.
+    pub problem: String,
 }
 
 impl Server {
     /// A volume whose device waits for a server.
-    pub fn waiting_device(&self) -> Option<String> {
-        self.engine
-            .volumes()
-            .into_iter()
-            .find(|v| existing(v).is_some_and(|(_, s)| s != Status::Dead))
-            .map(|v| v.name)
-    }
-
-    /// Takes over the devices that a server which died left waiting.
-    pub fn recover_devices(&self) {
-        let _one = self.operations.lock();
+    pub fn waiting_device(&self) -> Result<Option<String>> {
         for volume in self.engine.volumes() {
-            if existing(&volume).is_none() {
-                continue;
-            }
-            match self.start(&volume) {
-                Ok(path) => tracing::info!("recovered {} of volume '{}'", path.display(), volume.name),
-                Err(e) => {
-                    tracing::error!("cannot recover the device of volume '{}': {}", volume.name, e.report())
-                }
+            if engine::device_of(volume.uuid)?.is_some_and(|(_, status)| status != Status::Dead) {
+                return Ok(Some(volume.name));
             }
         }
+        Ok(None)
+    }
+
+    /// Takes over the devices that a server which died left waiting. Those that cannot be taken over go on waiting.
+    pub fn recover_devices(&self) -> Result<()> {
+        let _one = self.operations.lock();
+        for volume in self.engine.volumes() {
+            match engine::device_of(volume.uuid)? {
+                None => {}
+                // Ended, or added and never started, when its server died: nobody waits for it.
+                Some((device_id, Status::Dead)) => {
+                    if let Err(e) = tidegate_ublk::delete(device_id) {
+                        tracing::warn!("cannot remove dead ublk device {device_id}: {}", e.report());
+                    }
+                }
+                Some((device_id, _)) => self.recover(&volume, device_id),
+            }
+        }
+        Ok(())
+    }
+
+    fn recover(&self, volume: &VolumeInfo, device_id: u32) {
+        match self.start(volume) {
+            Ok(path) => tracing::info!("recovered {} of volume '{}'", path.display(), volume.name),
+            Err(e) => {
+                let problem = e.report();
+                tracing::error!("cannot recover the device of volume '{}' yet: {problem}", volume.name);
+                self.waiting.lock().insert(volume.name.clone(), Waiting { device_id, problem });
+            }
+        }
+    }
+
+    /// Whether a device could not be taken over yet, and still should be.
+    pub fn has_waiting(&self) -> bool {
+        !self.is_ending() && !self.waiting.lock().is_empty()
+    }
+
+    /// Tries again to take over the devices that wait.
+    pub fn retry_waiting(&self) {
+        let Ok(_one) = self.begin() else { return };
+        let waiting: Vec<(String, u32)> =
+            self.waiting.lock().iter().map(|(name, w)| (name.clone(), w.device_id)).collect();
+        for (name, device_id) in waiting {
+            let is_gone = match tidegate_ublk::state(device_id) {
+                Ok(device) => device.status == Status::Dead,
+                Err(e) => e.kind() == ErrorKind::NotFound,
+            };
+            match self.volume(&name) {
+                Ok(volume) if !is_gone => self.recover(&volume, device_id),
+                // Somebody has ended it.
+                _ => drop(self.waiting.lock().remove(&name)),
+            }
+        }
+        self.note_runtime();
     }
 
     /// Starts the device of a volume, which is one that waits if there is one.
@@ -81,7 +114,7 @@ impl Server {
         if let Err(e) = self.engine.set_backing_path(volume.id, &backing.name()) {
             tracing::warn!("cannot note the path of the backing of volume '{}': {}", volume.name, e.report());
         }
-        let start = match existing(volume) {
+        let start = match engine::device_of(volume.uuid)? {
             // Added, never started: its server died in between.
             Some((device_id, Status::Dead)) => {
                 tidegate_ublk::delete(device_id)?;
@@ -101,6 +134,7 @@ impl Server {
             device: Arc::new(Mutex::new(device)),
         };
         self.attached.lock().insert(volume.name.clone(), attached);
+        self.waiting.lock().remove(&volume.name);
         Ok(path)
     }
 
@@ -109,7 +143,7 @@ impl Server {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         let mut attached = self.attached.lock();
-        if attached.get(name).is_some_and(|a| a.device.lock().ended()) {
+        if attached.get(name).is_some_and(|a| a.device.try_lock().is_some_and(|d| d.ended())) {
             tracing::warn!("the device of volume '{name}' was ended by somebody else");
             attached.remove(name);
         }
@@ -125,6 +159,9 @@ impl Server {
         }
         drop(attached);
         let path = self.start(&volume)?;
+        if let Some(device) = self.attached.lock().get_mut(name) {
+            device.recovered = false;
+        }
         self.note_runtime();
         tracing::info!("attached volume '{name}' as {}", path.display());
         Ok(path.display().to_string())
@@ -132,13 +169,14 @@ impl Server {
 
     /// Ends the device of a volume and, if asked to, flushes the stage. With the last device the engine is closed and the
     /// server is to end.
-    pub fn detach(&self, name: &str, flush: bool) -> Result<()> {
+    pub fn detach(&self, name: &str, flush: bool, force: bool) -> Result<()> {
         let _one = self.begin()?;
-        let device = self.attached.lock().get(name).map(|a| (Arc::clone(&a.device), a.path.clone()));
-        let Some((device, path)) = device else { return Err(crate::commands::detach::not_attached(name)) };
-        device.lock().stop(StopMode::RefuseIfOpen).map_err(|e| busy(e, &path))?;
-        self.attached.lock().remove(name);
-        let last = self.attached.lock().is_empty();
+        let path = if force && !self.attached.lock().contains_key(name) {
+            self.end_waiting(name)?
+        } else {
+            self.end_attached(name, force)?
+        };
+        let last = self.is_idle();
         tracing::info!("detached volume '{name}' from {}", path.display());
         let flushed = if last {
             self.close(flush)
@@ -151,25 +189,83 @@ impl Server {
         flushed.map_err(|e| e.within(format!("volume '{name}' is detached, but its flush failed")))
     }
 
+    fn end_attached(&self, name: &str, force: bool) -> Result<PathBuf> {
+        if self.waiting.lock().contains_key(name) {
+            // What clients have handed over is to be carried out before the device goes.
+            self.start(&self.volume(name)?).map_err(|e| {
+                let what = format!(
+                    "the device of volume '{name}' waits and cannot be served: {}; `tidegate detach --force {name}` ends it \
+                     all the same, with errors for whoever uses it",
+                    e.report()
+                );
+                Error::new(e.kind(), what)
+            })?;
+        }
+        let device = self.attached.lock().get(name).map(|a| (Arc::clone(&a.device), a.path.clone()));
+        let Some((device, path)) = device else { return Err(crate::commands::detach::not_attached(name)) };
+        if force {
+            stop_within(&device, StopMode::Force).ok_or_else(|| {
+                let what = format!(
+                    "{} does not end: requests in it wait for the stage or the backing; repair these, or kill process {} \
+                     and its supervisor and detach with --force again",
+                    path.display(),
+                    std::process::id()
+                );
+                Error::new(ErrorKind::Busy, what)
+            })??;
+        } else {
+            device.lock().stop(StopMode::RefuseIfOpen).map_err(|e| busy(e, name, &path))?;
+        }
+        self.attached.lock().remove(name);
+        Ok(path)
+    }
+
+    /// Ends a device that waits, unserved.
+    fn end_waiting(&self, name: &str) -> Result<PathBuf> {
+        let device_id = self.waiting.lock().get(name).map(|w| w.device_id);
+        let Some(device_id) = device_id else { return Err(crate::commands::detach::not_attached(name)) };
+        tidegate_ublk::delete(device_id)?;
+        self.waiting.lock().remove(name);
+        Ok(block_path(device_id))
+    }
+
     /// Ends the server: devices that nobody uses are ended, others are left waiting for the next server. When this
     /// returns, everything that was accepted is safe.
     pub fn terminate(&self) {
         self.begin_end();
         let _one = self.operations.lock();
-        let mut attached = self.attached.lock();
-        attached.retain(|name, a| match a.device.lock().stop(StopMode::RefuseIfOpen) {
-            Ok(()) => false,
-            Err(e) => {
-                tracing::warn!(
-                    "the device of volume '{name}' is left waiting for the next server: {}",
+        let mut left = Vec::new();
+        let mut stuck = false;
+        let devices: Vec<_> =
+            self.attached.lock().iter().map(|(name, a)| (name.clone(), Arc::clone(&a.device))).collect();
+        for (name, device) in devices {
+            let problem = match stop_within(&device, StopMode::RefuseIfOpen) {
+                Some(Ok(())) => {
+                    self.attached.lock().remove(&name);
+                    continue;
+                }
+                Some(Err(e)) => {
+                    left.push(device);
                     e.report()
-                );
-                true
+                }
+                None => {
+                    stuck = true;
+                    "it does not end, its requests wait for the stage or the backing".to_owned()
+                }
+            };
+            tracing::warn!("the device of volume '{name}' is left waiting for the next server: {problem}");
+        }
+        if stuck {
+            // Its requests are sent again to the next server, which finds the arena and goes on.
+            let engine = Arc::clone(&self.engine);
+            match within(HAND_OVER, move || engine.make_durable()) {
+                Some(Ok(())) => {}
+                Some(Err(e)) => tracing::error!("{}", e.report()),
+                None => {
+                    tracing::error!("the stage does not answer: what it does not hold is in shared memory")
+                }
             }
-        });
-        let left: Vec<_> = attached.values().map(|a| Arc::clone(&a.device)).collect();
-        drop(attached);
-        if left.is_empty() {
+        } else if left.is_empty() {
             self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));
         } else {
             self.leave_waiting(&left);
@@ -205,8 +301,18 @@ impl Server {
                 device_id: a.device_id,
                 path: a.path.display().to_string(),
                 recovered: a.recovered,
+                problem: None,
             })
-            .collect();
+            .collect::<Vec<_>>();
+        let waiting = self.waiting.lock();
+        let devices = devices.into_iter().chain(waiting.iter().map(|(name, w)| DeviceStatus {
+            volume: name.clone(),
+            device_id: w.device_id,
+            path: block_path(w.device_id).display().to_string(),
+            recovered: false,
+            problem: Some(w.problem.clone()),
+        }));
+        let devices = devices.collect();
         ServerStatus {
             pid: std::process::id(),
             supervisor_pid: self.supervisor(),
@@ -216,9 +322,9 @@ impl Server {
         }
     }
 
-    /// Whether no device is attached.
+    /// Whether no device is attached, nor waits for this server.
     pub fn is_idle(&self) -> bool {
-        self.attached.lock().is_empty()
+        self.attached.lock().is_empty() && self.waiting.lock().is_empty()
     }
 
     /// Ends a server that has nothing to serve. Whether it is ended.
@@ -233,20 +339,38 @@ impl Server {
     }
 }
 
+/// Stops a device, for as long as that may take; `None` if it takes longer, and goes on, holding the device's lock.
+fn stop_within(device: &Arc<Mutex<Device>>, mode: StopMode) -> Option<Result<()>> {
+    let device = Arc::clone(device);
+    within(HAND_OVER, move || device.lock().stop(mode))
+}
+
+/// Does `work` in a thread of its own; `None` if it takes longer, and goes on.
+fn within(patience: Duration, work: impl FnOnce() -> Result<()> + Send + 'static) -> Option<Result<()>> {
+    let (sender, outcome) = mpsc::channel();
+    let spawned = std::thread::Builder::new().name("end".into()).spawn(move || {
+        // The receiver is gone when the patience was over: then nobody is interested.
+        let _ = sender.send(work());
+    });
+    match spawned {
+        Ok(_) => outcome.recv_timeout(patience).ok(),
+        Err(e) => Some(Err(Error::io("cannot start a thread", e))),
+    }
+}
+
 /// The refusal to stop a device, with the mount points as process 1 sees them.
-fn busy(e: Error, path: &std::path::Path) -> Error {
+fn busy(e: Error, name: &str, path: &Path) -> Error {
     use std::os::unix::fs::MetadataExt;
     if e.kind() != ErrorKind::Busy {
         return e;
     }
     let mounts = std::fs::metadata(path).map(|m| mount_points(m.rdev())).unwrap_or_default();
-    if mounts.is_empty() {
+    let (who, what_to_do) = if mounts.is_empty() {
         let who = e.report();
-        let who = who.split(": close or unmount").next().unwrap_or_default();
-        return Error::new(ErrorKind::Busy, format!("{who}: close it first"));
-    }
-    Error::new(
-        ErrorKind::Busy,
-        format!("{} is mounted on {}: unmount it first", path.display(), mounts.join(", ")),
-    )
+        (who.split(": close or unmount").next().unwrap_or_default().to_owned(), "close")
+    } else {
+        (format!("{} is mounted on {}", path.display(), mounts.join(", ")), "unmount")
+    };
+    let forced = format!("`tidegate detach --force {name}` fails its users' requests");
+    Error::new(ErrorKind::Busy, format!("{who}: {what_to_do} it first; {forced}"))
 }

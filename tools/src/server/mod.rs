@@ -17,8 +17,10 @@ mod state;
 pub mod supervise;
 
 use std::fs::{File, OpenOptions};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -49,13 +51,15 @@ pub fn open_log(dir: &StageDir) -> Result<File> {
         .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))
 }
 
-/// Sends events to standard error, which is the log file of a server in the background.
+/// Sends events to standard error, which is the log file of a server in the background. One that cannot be written (full
+/// file system, closed terminal) is lost: complaining about it, to the same place, would panic.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_env("TIDEGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // Fails if it was started before, which is fine.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .try_init();
 }
@@ -70,7 +74,7 @@ pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
         let mut server = Server::open(registry, args.stage.stage, args.stage.accept_loss)?;
         server.set_supervisor(args.supervisor);
         let server = Arc::new(server);
-        server.recover_devices();
+        server.recover_devices()?;
         let listener = crate::client::listen(&dir)?;
         Ok((server, listener))
     })();
@@ -103,9 +107,11 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
     };
     let signals = Signals::block()?;
     start_logging();
+    // While its socket can be reached: /run is among the mounts that are dropped.
+    let systemd = systemd_socket();
     namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
     let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
-    server.recover_devices();
+    server.recover_devices()?;
     let listener = crate::client::listen(&dir)?;
     server.note_runtime();
     let device = match server.attach(&entry.name) {
@@ -115,16 +121,32 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
             return Err(e);
         }
     };
-    print_device(entry, &device, json)?;
-    tell_systemd("READY=1");
+    if let Err(e) = print_device(entry, &device, json) {
+        // It is served all the same.
+        tracing::warn!("{}", e.report());
+    }
+    tell_systemd(systemd.as_ref(), "READY=1");
     control::run(&server, &listener, &signals)
 }
 
-/// Tells systemd, if it started this process and wants to know.
-fn tell_systemd(state: &str) {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(state.as_bytes(), path));
-    if let Err(e) = sent {
+/// A socket to systemd, if it started this process and wants to know how it does.
+fn systemd_socket() -> Option<UnixDatagram> {
+    let path = std::env::var_os("NOTIFY_SOCKET")?;
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    };
+    let connected = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        Ok(socket)
+    });
+    connected.inspect_err(|e| tracing::warn!("cannot reach systemd at {}: {e}", path.display())).ok()
+}
+
+/// Tells systemd.
+fn tell_systemd(socket: Option<&UnixDatagram>, state: &str) {
+    if let Some(Err(e)) = socket.map(|socket| socket.send(state.as_bytes())) {
         tracing::warn!("cannot notify systemd: {e}");
     }
 }

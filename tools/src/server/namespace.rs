@@ -32,17 +32,30 @@ pub fn prepare(needed: &[&Path]) {
         // No own namespace: dropping mounts would drop everybody's.
         return;
     }
+    // Mounts are compared by name: the links, and where they lead.
+    let needed: Vec<PathBuf> = needed.iter().flat_map(|path| [path.to_path_buf(), resolved(path)]).collect();
     match outside {
         Ok(root) => {
             // Set once: a process prepares itself once.
             let _ = OUTSIDE.set(root);
-            drop_mounts(needed);
+            drop_mounts(&needed);
         }
         Err(e) => tracing::warn!("cannot keep the root directory: {e}; mounts made before stay busy"),
     }
 }
 
-fn drop_mounts(needed: &[&Path]) {
+/// The path without links; of one that does not exist yet, as far as it exists.
+fn resolved(path: &Path) -> PathBuf {
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for prefix in whole.ancestors() {
+        if let (Ok(real), Ok(rest)) = (fs::canonicalize(prefix), whole.strip_prefix(prefix)) {
+            return if rest.as_os_str().is_empty() { real } else { real.join(rest) };
+        }
+    }
+    whole
+}
+
+fn drop_mounts(needed: &[PathBuf]) {
     let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
     // The last mounted first: those below others before them.
     for point in mount_points(&table).iter().rev() {
@@ -56,9 +69,9 @@ fn drop_mounts(needed: &[&Path]) {
 }
 
 /// Whether a path that is needed leads through the mount on `point`.
-fn is_needed(point: &Path, needed: &[&Path]) -> bool {
+fn is_needed(point: &Path, needed: &[PathBuf]) -> bool {
     let always = ["/proc", "/sys", "/dev", "/dev/shm"].map(Path::new);
-    always.iter().chain(needed).any(|path| path.starts_with(point))
+    always.into_iter().chain(needed.iter().map(PathBuf::as_path)).any(|path| path.starts_with(point))
 }
 
 /// Mount points in the text of a `mountinfo` file, in its order.
@@ -129,10 +142,20 @@ mod tests {
                       4 1 0:5 / /dev rw - devtmpfs d rw\n5 4 0:6 / /dev/pts rw - devpts e rw\n";
         let points = mount_points(table);
         assert_eq!(points[2], Path::new("/mnt/my disk"));
-        let state = Path::new("/var/lib/tidegate");
-        let kept: Vec<_> = points.iter().filter(|p| is_needed(p, &[state])).collect();
+        let state = [PathBuf::from("/var/lib/tidegate")];
+        let kept: Vec<_> = points.iter().filter(|p| is_needed(p, &state)).collect();
         assert_eq!(kept, [Path::new("/"), Path::new("/var"), Path::new("/dev")]);
-        assert!(!is_needed(Path::new("/va"), &[state]), "whole names only");
+        assert!(!is_needed(Path::new("/va"), &state), "whole names only");
+    }
+
+    #[test]
+    fn links_in_needed_paths_are_followed_as_far_as_they_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir(real.join("far")).unwrap();
+        std::os::unix::fs::symlink("far", real.join("near")).unwrap();
+        assert_eq!(resolved(&real.join("near/a/b")), real.join("far/a/b"));
+        assert_eq!(resolved(&real.join("near")), real.join("far"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tidegate_driver::io::file::overlap;
 use tidegate_driver::io::{Disk, FileDisk};
 use uuid::Uuid;
 
-use super::devices::Attached;
+use super::devices::{Attached, Waiting};
 use super::namespace::open_exclusive;
 use crate::engine::{self, Engine, NewVolume};
 use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id};
@@ -21,7 +21,7 @@ use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id
 /// A stage with its engine open, in this process.
 ///
 /// Locks, in this order: `operations` (held through attach, detach and the like, which so happen one at a time), then
-/// `attached` or `backings` (held for moments; `status` needs only these).
+/// `attached`, `waiting` or `backings` (held for moments; `status` needs only these).
 pub struct Server {
     registry: Registry,
     pub(super) dir: StageDir,
@@ -30,6 +30,8 @@ pub struct Server {
     supervisor: Option<u32>,
     pub(super) operations: Mutex<()>,
     pub(super) attached: Mutex<BTreeMap<String, Attached>>,
+    /// Devices that could not be taken over yet.
+    pub(super) waiting: Mutex<BTreeMap<String, Waiting>>,
     backings: Mutex<BTreeMap<VolumeId, Arc<FileDisk>>>,
     /// Nothing more is accepted.
     ending: AtomicBool,
@@ -59,10 +61,23 @@ impl Server {
                 ),
             ));
         }
-        let (backings, missing) = open_backings(&superblock, &entries, &stage)?;
+        let (mut backings, missing) = open_backings(&superblock, &entries, &stage);
         let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
         let engine = engine::open(Arc::clone(&stage), list, accept_loss)
             .map_err(|e| explain(e, &superblock, &missing))?;
+        // What the engine did not accept is tried again when it is needed, at the place that holds then.
+        backings.retain(|id, disk| match engine.add_backing(*id, Arc::clone(disk)) {
+            Err(e) if e.kind() != ErrorKind::Busy => {
+                tracing::warn!("a volume cannot be used: {}", e.report());
+                false
+            }
+            // In use already.
+            _ => true,
+        });
+        let repaired = engine.recovery().superblocks_repaired;
+        if repaired > 0 {
+            tracing::warn!("{}: {repaired} damaged superblock copies were written again", stage.name());
+        }
         let server = Server {
             registry: registry.clone(),
             dir: registry.stage_dir(uuid),
@@ -71,6 +86,7 @@ impl Server {
             supervisor: None,
             operations: Mutex::new(()),
             attached: Mutex::default(),
+            waiting: Mutex::default(),
             backings: backings.into(),
             ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -131,6 +147,10 @@ impl Server {
     }
 
     fn free(&self, name: &str) -> Result<()> {
+        if self.waiting.lock().contains_key(name) {
+            let what = format!("the device of volume '{name}' waits to be served: detach it first");
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
         match self.attached.lock().get(name) {
             None => Ok(()),
             Some(device) => Err(Error::new(
@@ -204,17 +224,14 @@ impl Server {
     /// Notes for others what this server does. That it cannot be noted is no reason to stop serving.
     pub fn note_runtime(&self) {
         let volumes = self.engine.volumes();
-        let devices = self
-            .attached
-            .lock()
-            .iter()
-            .filter_map(|(name, attached)| {
-                let volume = volumes.iter().find(|v| v.name == *name)?;
-                Some(RuntimeDevice {
-                    volume: name.clone(),
-                    volume_uuid: volume.uuid,
-                    device_id: attached.device_id,
-                })
+        let mut devices: Vec<(String, u32)> =
+            self.attached.lock().iter().map(|(name, a)| (name.clone(), a.device_id)).collect();
+        devices.extend(self.waiting.lock().iter().map(|(name, w)| (name.clone(), w.device_id)));
+        let devices = devices
+            .into_iter()
+            .filter_map(|(name, device_id)| {
+                let volume_uuid = volumes.iter().find(|v| v.name == name)?.uuid;
+                Some(RuntimeDevice { volume: name, volume_uuid, device_id })
             })
             .collect();
         let runtime = Runtime {
@@ -233,7 +250,7 @@ impl Server {
 type Backings = (BTreeMap<VolumeId, Arc<FileDisk>>, BTreeMap<VolumeId, Error>);
 
 /// Opens the backings of all volumes, where the registry or else the superblock says they are.
-fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Result<Backings> {
+fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Backings {
     let mut backings: BTreeMap<VolumeId, Arc<FileDisk>> = BTreeMap::new();
     let mut missing = BTreeMap::new();
     for volume in &superblock.volumes {
@@ -243,14 +260,13 @@ fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -
             Ok(disk) => {
                 backings.insert(volume.id, Arc::new(disk));
             }
-            Err(e) if e.kind() == ErrorKind::WrongDevice => return Err(e),
             Err(e) => {
                 tracing::warn!("backing of volume '{}': {}", volume.name, e.report());
                 missing.insert(volume.id, e);
             }
         }
     }
-    Ok((backings, missing))
+    (backings, missing)
 }
 
 /// The engine's error, with the backings that could not be opened, which may be its cause.
