@@ -66,6 +66,7 @@ impl Place {
             backings,
             arena_dir: self.path("arena"),
             accept_loss: false,
+            forget: None,
         })
     }
 

@@ -33,8 +33,9 @@ pub fn open(
     stage: Arc<FileDisk>,
     backings: Vec<(VolumeId, Arc<FileDisk>)>,
     accept_loss: bool,
+    forget: Option<VolumeId>,
 ) -> Result<Arc<Engine>> {
-    Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss })
+    Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss, forget })
 }
 
 /// How clients see the device of a volume.

@@ -103,6 +103,7 @@ impl Place {
             backings: vec![(VOLUME, Arc::new(FileDisk::open_exclusive(&self.dir.join("backing"))?))],
             arena_dir: self.dir.join("arena"),
             accept_loss: true,
+            forget: None,
         })
     }
 

@@ -286,7 +286,7 @@ proptest! {
         };
         let header = record.encode(SALT, RegionSeq(seq));
         prop_assert_eq!(Record::decode(header.as_bytes(), SALT, RegionSeq(seq)), Some(record));
-        prop_assert!(record_bytes(payload_bytes) >= 64 + payload_bytes && record_bytes(payload_bytes) % 64 == 0);
+        prop_assert!(record_bytes(payload_bytes) >= 64 + payload_bytes && record_bytes(payload_bytes).is_multiple_of(64));
     }
 
     #[test]

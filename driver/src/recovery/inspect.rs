@@ -1,5 +1,5 @@
 //! Decodes every structure found on a device or file: a stage, a backing, an arena file. Shows what is there, valid or
-//! not, and judges nothing beyond each structure's own rule of validity; [`super::check`] does that.
+//! not, and judges nothing beyond each structure's own rule of validity; [`super::check()`] does that.
 //!
 //! Log structures are sealed with the stage's salt. On a stage it is taken from the superblock, if need be from a
 //! damaged one; an arena file does not hold it, so without its stage's superblock nothing in it can be verified.

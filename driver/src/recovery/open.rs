@@ -1,13 +1,13 @@
 //! Opening a stage for use.
 //!
 //! Order, and why:
-//! 1. read superblock, log, patch zone, labels; refuse what does not fit together. Nothing is written until here, so a
-//!    refusal leaves everything as it was;
+//! 1. read superblock, log, labels, arena; append to the log, in memory, what only the arena holds; refuse what does not
+//!    fit together. No device is written until here, so a refusal leaves everything as it was;
 //! 2. sync the stage and the backings: what was read may sit in a device's volatile cache, written by a process that was
 //!    killed before its sync; from now on it counts as durable. For a backing that is its newest label: the next one goes
 //!    to the other slot, over the only label that was durable;
 //! 3. write the patch zone's images to the backings, if their epoch is unfinished, and sync them (idempotent);
-//! 4. find or make the arena; append to the log what only the arena holds;
+//! 4. make the arena if there was none;
 //! 5. write the superblock: new incarnation, in use. From here on groups of the earlier incarnation that were given up
 //!    can never be taken for valid again.
 //!
@@ -54,6 +54,8 @@ pub struct Environment {
     pub arena_id: u64,
     /// Go on although writes acknowledged in memory are gone.
     pub accept_loss: bool,
+    /// Delete this volume, with what is staged for it: the way out when its backing is lost.
+    pub forget: Option<VolumeId>,
 }
 
 /// An open stage: what the engine starts from.
@@ -87,6 +89,7 @@ pub fn open(
     let read = superblocks::read(stage)?;
     check_block(stage, &read.superblock)?;
     let mut superblock = read.superblock.clone();
+    superblock.volumes.retain(|v| Some(v.id) != environment.forget);
     let mut report =
         RecoveryReport { clean: superblock.state == StageState::Clean, ..RecoveryReport::default() };
     let mut indexes: BTreeMap<VolumeId, Index> =
@@ -103,8 +106,20 @@ pub fn open(
     check_closed_end(stage, &superblock, log_end)?;
     let mut unusable = BTreeMap::new();
     let targets = check_backings(&superblock, &log.checkpoint, log_end, backings, &mut unusable)?;
-    check_staged(&indexes, &mut unusable)?;
     let found_arena = find_arena(&superblock, arenas, environment)?;
+    let first_new_group = log.next_group_seq;
+    let mut closed = Vec::new();
+    if let Some(arena) = &found_arena {
+        closed = extend_from_arena(&mut log, arena, &read.superblock, &mut indexes)?;
+        report.arena_used = true;
+        report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
+    }
+    check_staged(&indexes, &mut unusable)?;
+    if targets.is_empty()
+        && let Some((_, error)) = unusable.pop_first()
+    {
+        return Err(error);
+    }
 
     stage.sync()?;
     for backing in backings.values() {
@@ -115,27 +130,20 @@ pub fn open(
 
     superblock.sequence += 1;
     superblock.incarnation += 1;
-    superblock.incarnation_group_seq = log.next_group_seq;
+    superblock.incarnation_group_seq = first_new_group;
     superblock.boot_id = environment.boot_id;
     superblock.state = StageState::InUse;
-    let (arena, closed) = match found_arena {
-        Some(arena) => {
-            report.arena_used = true;
-            let before = log.next_lsn;
-            let closed = extend_from_arena(&mut log, &arena, &read.superblock, &mut indexes)?;
-            report.records_from_arena = log.next_lsn.0 - before.0;
-            (arena, closed)
-        }
+    let arena = match found_arena {
+        Some(arena) => arena,
         None => {
             superblock.arena_id = environment.arena_id;
             let identity =
                 ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
             let arena = arenas.make(&identity, superblock.salt)?;
             adopt_tail(&log, &arena, superblock.geometry.block_bytes)?;
-            (arena, Vec::new())
+            arena
         }
     };
-    check_staged(&indexes, &mut unusable)?;
     superblock.incarnation_lsn = log.next_lsn;
     let rules = rules_of(&superblock);
     superblocks::write(stage, &superblock)?;

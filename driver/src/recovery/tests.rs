@@ -5,6 +5,7 @@ use zerocopy::IntoBytes;
 
 use super::sample_stage::SampleStage;
 use super::scan::scan;
+use super::superblocks;
 use super::{ArenaSource, Environment, open};
 use crate::base::checksum::crc64;
 use crate::base::{ByteRange, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
@@ -78,8 +79,10 @@ fn records_that_only_the_arena_holds_need_their_backing_too() {
     arena.put(RegionSeq(1), at + 64, &payload);
     let one = stage.backing(1, Lsn(0));
     let backings: BTreeMap<VolumeId, &dyn Disk> = [(VolumeId(1), &one as &dyn Disk)].into();
-    let environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false };
-    match open(&stage.disk, &backings, &mut Given(Some(arena)), environment) {
+    let environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let before = stage.disk.bytes();
+    let mut arenas = Given(Some(arena));
+    match open(&stage.disk, &backings, &mut arenas, environment) {
         Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound),
         Ok(opened) => panic!(
             "opened; volume 2 has something staged: {}, has a flush target: {}",
@@ -87,4 +90,26 @@ fn records_that_only_the_arena_holds_need_their_backing_too() {
             opened.targets.contains_key(&VolumeId(2))
         ),
     }
+    assert!(stage.disk.bytes() == before, "a refusal changed the stage");
+}
+
+/// The way out when a backing with staged writes is lost: its volume is deleted, the others keep theirs.
+#[test]
+fn a_lost_volume_is_forgotten_while_opening() {
+    let mut stage = SampleStage::new();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100), (RecordKind::Write, 2, 0, 100)]);
+    let one = stage.backing(1, Lsn(0));
+    let backings: BTreeMap<VolumeId, &dyn Disk> = [(VolumeId(1), &one as &dyn Disk)].into();
+    let s = &stage.superblock;
+    let identity = ArenaIdentity::new(s.stage_uuid, s.arena_id, &s.geometry);
+    let arena = || Given(Some(Arena::anonymous(&identity).unwrap()));
+    let mut environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let refused = open(&stage.disk, &backings, &mut arena(), environment).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NotFound);
+    environment.forget = Some(VolumeId(2));
+    let opened = open(&stage.disk, &backings, &mut arena(), environment).unwrap();
+    assert!(opened.core.is_staged(VolumeId(1)) && !opened.core.is_staged(VolumeId(2)));
+    let left = superblocks::read(&stage.disk).unwrap().superblock.volumes;
+    assert_eq!(left.iter().map(|v| v.id).collect::<Vec<_>>(), [VolumeId(1)]);
 }

@@ -112,11 +112,10 @@ impl Arena {
 
     fn fill_new(file: File, identity: &ArenaIdentity, salt: u64, path: &Path) -> Result<Arena> {
         let len = Arena::file_bytes(identity) as u64;
-        let room = nix::sys::statvfs::fstatvfs(&file)
-            .map(|fs| fs.blocks_available() as u64 * fs.fragment_size() as u64)
-            .map_err(|e| {
-                Error::io(format!("cannot look at the file system of {}", path.display()), e.into())
-            })?;
+        let room =
+            nix::sys::statvfs::fstatvfs(&file).map(|fs| fs.blocks_available() * fs.fragment_size()).map_err(
+                |e| Error::io(format!("cannot look at the file system of {}", path.display()), e.into()),
+            )?;
         if room < len {
             return Err(Error::new(
                 ErrorKind::NoSpace,
@@ -288,7 +287,6 @@ impl Arena {
     }
 
     /// The bytes of a claimed place: header, payload and padding.
-    #[expect(clippy::mut_from_ref, reason = "the unique slot is the exclusive right to these bytes")]
     pub(crate) fn slot_bytes<'a>(&'a self, slot: &'a mut Slot) -> &'a mut [u8] {
         let len = record_bytes(slot.payload_bytes());
         assert!(slot.offset() + len <= self.region_bytes);

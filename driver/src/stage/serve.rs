@@ -206,7 +206,7 @@ impl Core {
             }
             let whole = region.start.seq != open && region.last_lsn() <= durable;
             let first_new = region.start.first_lsn.max(self.checkpoint.next());
-            if (!whole && !(all && first_new <= durable)) || !region.resident {
+            if !(whole || all && first_new <= durable) || !region.resident {
                 break;
             }
             records += region.record_count;

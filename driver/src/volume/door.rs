@@ -300,7 +300,7 @@ impl VolumeDoor {
         self.pieces = pieces;
     }
 
-    fn read_pieces<IO: DoorIo>(&mut self, request: Request, pieces: &mut Vec<ReadPiece>, io: &mut IO) {
+    fn read_pieces<IO: DoorIo>(&mut self, request: Request, pieces: &mut [ReadPiece], io: &mut IO) {
         let range = ByteRange::at(request.offset, request.len);
         if let [ReadPiece { source: ReadSource::Stage { region, offset }, .. }] = pieces[..] {
             let bytes = self.shared.arena.bytes(region, offset, offset + request.len as u32);

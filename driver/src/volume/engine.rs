@@ -47,6 +47,8 @@ pub struct EngineConfig {
     pub arena_dir: PathBuf,
     /// Go on although writes acknowledged in memory are gone.
     pub accept_loss: bool,
+    /// Delete this volume, with what is staged for it: the way out when its backing is lost.
+    pub forget: Option<VolumeId>,
 }
 
 /// The machine's clocks.
@@ -144,6 +146,7 @@ impl Engine {
             boot_id: boot_id(),
             arena_id: admin::random_u64(),
             accept_loss: config.accept_loss,
+            forget: config.forget,
         };
         let mut opened = open(&*config.stage, &disks, &mut ArenaDir(config.arena_dir.clone()), environment)?;
         // A backing that was not accepted belongs to a volume that cannot be used.

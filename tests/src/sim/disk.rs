@@ -343,7 +343,7 @@ impl SimDisk {
             return None;
         }
         ctl.faults_injected += 1;
-        Some(Rng::new(ctl.rng.next(), 1))
+        Some(Rng::new(ctl.rng.draw(), 1))
     }
 
     fn error(&self, what: &str) -> Error {
@@ -379,7 +379,7 @@ impl Disk for SimDisk {
         let (offset, data) = self.whole_sectors(offset, data);
         if let Err(error) = self.step("write", offset, data.len()) {
             // The write that was in flight when it happened.
-            let mut rng = Rng::new(lock(&self.ctl).rng.next(), 2);
+            let mut rng = Rng::new(lock(&self.ctl).rng.draw(), 2);
             self.apply_failed(offset, &data, &mut rng);
             return Err(error);
         }

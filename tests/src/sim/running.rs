@@ -694,7 +694,7 @@ impl Running {
 
     /// The process is gone: the kernel completes what it likes of the operations in flight.
     pub fn kill(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.next(), 3);
+        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 3);
         while !self.flights.is_empty() {
             let mut flight = self.flights.swap_remove(rng.below(self.flights.len() as u64) as usize);
             let disk = disk_of(site, flight.op.target);
@@ -711,7 +711,7 @@ impl Running {
 
     /// Power is cut.
     pub fn power_cut(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.next(), 4);
+        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 4);
         let flights = std::mem::take(&mut self.flights);
         let targets = std::iter::once(Target::Stage)
             .chain((0..site.backings.len()).map(|v| Target::Backing(VolumeId(v as u16 + 1))));
@@ -778,7 +778,7 @@ fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
         };
         let fails = rate > 0 && ctl.rng.chance(rate);
         ctl.faults_injected += u64::from(fails);
-        fails.then(|| Rng::new(ctl.rng.next(), 5))
+        fails.then(|| Rng::new(ctl.rng.draw(), 5))
     };
     if let Some(mut rng) = fault {
         match kind {

@@ -250,7 +250,7 @@ impl World {
             + (region_count - 4) * u64::from(region_bytes);
         let stage = SimDisk::new("stage", true, stage_bytes, stage_sector, ctl);
         let stage_options = StageOptions { region_bytes, patch_bytes, block_bytes: log_block };
-        admin::create_stage_as(&stage, stage_options, Uuid::from_u128(7), rng.next())
+        admin::create_stage_as(&stage, stage_options, Uuid::from_u128(7), rng.draw())
             .expect("a new stage can be created");
         let mut backings = Vec::new();
         let mut volumes = Vec::new();
@@ -454,8 +454,12 @@ impl World {
             }
             let faults_before = lock(&self.ctl).faults_injected;
             self.next_arena += 1;
-            let environment =
-                Environment { boot_id: Uuid::from_u128(self.boot), arena_id: self.next_arena, accept_loss };
+            let environment = Environment {
+                boot_id: Uuid::from_u128(self.boot),
+                arena_id: self.next_arena,
+                accept_loss,
+                forget: None,
+            };
             let backings: BTreeMap<VolumeId, &dyn Disk> = self
                 .backings
                 .iter()
@@ -637,7 +641,7 @@ impl World {
         match kind {
             CrashKind::Power => {
                 if remains.is_none() {
-                    let mut rng = Rng::new(lock(&self.ctl).rng.next(), 6);
+                    let mut rng = Rng::new(lock(&self.ctl).rng.draw(), 6);
                     std::iter::once(&self.stage)
                         .chain(&self.backings)
                         .for_each(|d| d.power_cut(&[], &mut rng));

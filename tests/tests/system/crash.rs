@@ -13,7 +13,7 @@ use tidegate_driver::volume::{Engine, EngineConfig, LocalClient, admin};
 
 use super::devices::{Mapped, need_module, ram_disks, sectors};
 use super::numbered::{History, Random, open};
-use super::support::{Place, remove_devices};
+use super::support::{Place, remove_devices, wait_for};
 
 /// Points that are tried.
 const POINTS: usize = 27;
@@ -153,8 +153,8 @@ fn record(place: &Place, acks: [&str; 2]) -> Recorded {
             marked = durable;
         }
         if number % 100 == 0 {
-            // Long enough for the flusher to begin.
-            std::thread::sleep(Duration::from_millis(400));
+            let epochs = place.counter("a", "epochs");
+            wait_for("an idle flush", Duration::from_secs(20), || place.counter("a", "epochs") > epochs);
         }
     }
     place.tidegate(&["flush", "a"]);
@@ -191,7 +191,8 @@ fn open_after_cut(place: &Place, bytes: &[u8], accept_loss: bool) -> Result<Vec<
     assert_eq!(ids.len(), 2);
     let backings = vec![(ids[0], disk(&paths[0])?), (ids[1], disk(&paths[1])?)];
     let arena_dir = place.path("replay.arena").into();
-    let engine = Engine::open(EngineConfig { stage, backings, arena_dir, accept_loss }).map_err(report)?;
+    let engine = Engine::open(EngineConfig { stage, backings, arena_dir, accept_loss, forget: None })
+        .map_err(report)?;
     let read = |id| -> Result<Vec<u8>, String> {
         let mut client = LocalClient::new(&engine, id, 4).map_err(report)?;
         let mut bytes = Vec::new();

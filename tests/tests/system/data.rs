@@ -93,11 +93,11 @@ pub fn a_tree_survives_on_btrfs() {
     tree("btrfs", "128M", &["mkfs.btrfs", "-q", "-f"], &["btrfs", "check"]);
 }
 
-/// A stage of 20 MiB, a backing that takes 5 ms a write, 200 MiB: writers are slowed down, nothing fails.
+/// A stage of 20 MiB, a backing that takes 20 ms a write, 200 MiB in no order: writers are slowed down, nothing fails.
 pub fn a_small_stage_before_a_slow_backing() {
     let place = Place::new("full");
     ram_disks(1, 256);
-    let backing = slow("slow", "/dev/ram0", 5);
+    let backing = slow("slow", "/dev/ram0", 20);
     let stage = place.path("stage");
     let args = [
         "create",
@@ -115,13 +115,13 @@ pub fn a_small_stage_before_a_slow_backing() {
     let device = place.attach("v");
     fio(
         &device,
-        &["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--do_verify=0"],
+        &["--rw=randwrite", "--bs=16k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--do_verify=0"],
     );
     assert!(place.counter("v", "stage_full_waits") > 0, "the stage was never full");
     assert_eq!(place.health("v"), "ok");
     place.detach("v");
     let direct =
-        ["--rw=write", "--bs=256k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--verify_only"];
+        ["--rw=randwrite", "--bs=16k", "--iodepth=8", "--size=200m", "--verify=crc32c", "--verify_only"];
     fio("/dev/ram0", &direct);
     assert_eq!(fs::metadata(&stage).unwrap().len(), 20 << 20);
     kernel_saw_no_error();

@@ -101,7 +101,12 @@ pub fn attach_and_detach_a_hundred_times() {
             let place = &place;
             scope.spawn(move || {
                 let in_time = (0..times).take_while(|i| *i < 5 || begun.elapsed() < Duration::from_secs(34));
-                in_time.map(|_| (place.attach(name), place.detach(name))).count() as u128
+                in_time
+                    .inspect(|_| {
+                        place.attach(name);
+                        place.detach(name);
+                    })
+                    .count() as u128
             })
         };
         let both = [cycles("w", rest / 2), cycles("x", rest - rest / 2)];

@@ -11,6 +11,7 @@ use super::by_server_or_here;
 use crate::cli::Delete;
 use crate::protocol::Request;
 use crate::registry::{Entry, Registry};
+use crate::server::{Opening, Server};
 use crate::{engine, report};
 
 /// `delete`.
@@ -18,7 +19,10 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     let _lock = registry.lock()?;
     let entry = registry.get(&args.name)?;
     let request = Request::RemoveVolume { volume: entry.name.clone() };
-    let removed = by_server_or_here(registry, &entry, request, |server| server.remove_volume(&entry.name));
+    // Found out before the stage is opened, which writes to it.
+    let removed = FileDisk::open_to_look(&entry.backing).map_err(|e| e.within("backing")).and_then(|_| {
+        by_server_or_here(registry, &entry, request, |server| server.remove_volume(&entry.name))
+    });
     let mut note = None;
     match removed {
         Ok(()) => {}
@@ -80,19 +84,9 @@ fn remove_offline(registry: &Registry, entry: &Entry) -> Result<Result<()>> {
             entry.name, entry.name
         ));
     }
-    let stage = match FileDisk::open_exclusive(&entry.stage) {
-        Ok(stage) => stage,
-        Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
-        Err(e) => return Ok(Err(e)),
-    };
-    Ok((|| {
-        let superblock = engine::read_superblock(&stage)?.superblock;
-        let ours = superblock.volumes.iter().find(|v| v.uuid == entry.volume_uuid);
-        match ours.filter(|_| superblock.stage_uuid == entry.stage_uuid) {
-            Some(volume) => engine::remove_volume(&stage, &volume.name),
-            None => {
-                Err(Error::new(ErrorKind::NotFound, "another stage is there, or it lists the volume no more"))
-            }
-        }
-    })())
+    let opening = Opening { accept_loss: false, forget: Some(entry.volume_uuid) };
+    match Server::open(registry, entry.stage_uuid, opening).and_then(|server| server.close(true)) {
+        Err(e) if e.kind() == ErrorKind::Busy => Err(e),
+        outcome => Ok(outcome),
+    }
 }

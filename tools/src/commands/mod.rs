@@ -19,7 +19,7 @@ use tidegate_driver::base::{Error, ErrorKind, Result};
 use crate::client::Client;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry};
-use crate::server::Server;
+use crate::server::{Opening, Server};
 
 /// `completion`.
 pub fn completion(shell: clap_complete::Shell) -> Result<ExitCode> {
@@ -49,7 +49,7 @@ fn by_server_or_here(
             format!("the server of volume '{}' is starting or ending: try again in a moment", entry.name),
         ));
     };
-    let server = Server::open(registry, entry.stage_uuid, false)?;
+    let server = Server::open(registry, entry.stage_uuid, Opening::default())?;
     let outcome = match server.waiting_device() {
         Err(e) => Err(e),
         Ok(Some(volume)) => Err(Error::new(

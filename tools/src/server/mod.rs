@@ -32,7 +32,7 @@ use crate::commands::attach::print_device;
 use crate::registry::{Entry, Registry, StageDir};
 use crate::signals::Signals;
 
-pub use state::Server;
+pub use state::{Opening, Server};
 
 /// Largest log file kept; one older one is kept beside it.
 const LOG_BYTES_MAX: u64 = 16 << 20;
@@ -71,7 +71,11 @@ pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
     let dir = registry.stage_dir(args.stage.stage);
     let started = (|| {
         namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
-        let mut server = Server::open(registry, args.stage.stage, args.stage.accept_loss)?;
+        let mut server = Server::open(
+            registry,
+            args.stage.stage,
+            Opening { accept_loss: args.stage.accept_loss, forget: None },
+        )?;
         server.set_supervisor(args.supervisor);
         let server = Arc::new(server);
         server.recover_devices()?;
@@ -110,7 +114,7 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
     // While its socket can be reached: /run is among the mounts that are dropped.
     let systemd = systemd_socket();
     namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
-    let server = Arc::new(Server::open(registry, entry.stage_uuid, accept_loss)?);
+    let server = Arc::new(Server::open(registry, entry.stage_uuid, Opening { accept_loss, forget: None })?);
     server.recover_devices()?;
     let listener = crate::client::listen(&dir)?;
     server.note_runtime();

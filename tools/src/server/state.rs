@@ -38,12 +38,21 @@ pub struct Server {
     closed: AtomicBool,
 }
 
+/// How to open a stage.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening {
+    /// Go on although writes acknowledged in memory are gone.
+    pub accept_loss: bool,
+    /// Delete this volume, with what is staged for it.
+    pub forget: Option<Uuid>,
+}
+
 /// What operations fail with once the server is ending; not told to commands, which look for another server instead.
 const ENDING: &str = "the server is ending";
 
 impl Server {
     /// Opens the stage `uuid` where the registry says it is.
-    pub fn open(registry: &Registry, uuid: Uuid, accept_loss: bool) -> Result<Server> {
+    pub fn open(registry: &Registry, uuid: Uuid, opening: Opening) -> Result<Server> {
         let entries: Vec<Entry> = registry.entries()?.into_iter().filter(|e| e.stage_uuid == uuid).collect();
         let Some(entry) = entries.first() else {
             return Err(Error::new(ErrorKind::NotFound, format!("no volume is on stage {uuid}")));
@@ -61,18 +70,32 @@ impl Server {
                 ),
             ));
         }
+        let forget = match opening.forget {
+            None => None,
+            Some(volume) => {
+                Some(superblock.volumes.iter().find(|v| v.uuid == volume).map(|v| v.id).ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::NotFound,
+                        format!("{} lists volume {volume} no more", entry.stage.display()),
+                    )
+                })?)
+            }
+        };
         let (mut backings, missing) = open_backings(&superblock, &entries, &stage);
         let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
-        let engine = engine::open(Arc::clone(&stage), list, accept_loss)
+        let engine = engine::open(Arc::clone(&stage), list, opening.accept_loss, forget)
             .map_err(|e| explain(e, &superblock, &missing))?;
         // What the engine did not accept is tried again when it is needed, at the place that holds then.
-        backings.retain(|id, disk| match engine.add_backing(*id, Arc::clone(disk)) {
-            Err(e) if e.kind() != ErrorKind::Busy => {
-                tracing::warn!("a volume cannot be used: {}", e.report());
-                false
-            }
-            // In use already.
-            _ => true,
+        backings.retain(|id, disk| {
+            Some(*id) != forget
+                && match engine.add_backing(*id, Arc::clone(disk)) {
+                    Err(e) if e.kind() != ErrorKind::Busy => {
+                        tracing::warn!("a volume cannot be used: {}", e.report());
+                        false
+                    }
+                    // In use already.
+                    _ => true,
+                }
         });
         let repaired = engine.recovery().superblocks_repaired;
         if repaired > 0 {
