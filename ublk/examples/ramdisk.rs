@@ -24,7 +24,7 @@ use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
 use tidegate_driver::io::uring::{Reactor, TargetOptions};
 use tidegate_driver::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, Wake};
-use tidegate_ublk::process::{Hardening, harden};
+use tidegate_ublk::process::harden;
 use tidegate_ublk::{Device, DeviceConfig, DoorFactory, QueueIo, Start, StopMode};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -313,7 +313,7 @@ fn say(line: &str) {
 
 fn main() {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    for warning in harden(Hardening::default()) {
+    for warning in harden() {
         tracing::warn!("{warning}");
     }
     if let Err(e) = run(&Args::parse()) {

@@ -11,61 +11,58 @@ use std::io;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// `PR_SET_IO_FLUSHER` of linux/prctl.h.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// What to do in [`harden`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hardening {
-    /// Keep what is mapped now in memory (`mlockall(MCL_CURRENT)`).
-    pub lock_memory: bool,
-    /// Own mount namespace: a process that shares one with a mount of its own device cannot end while the mount waits
-    /// for it. Paths opened later do not see mounts made after this.
-    pub own_mounts: bool,
-    /// `oom_score_adj`: -1000 (never killed for memory) to 1000; `None` leaves it.
-    pub oom_score_adj: Option<i16>,
-}
-
-impl Default for Hardening {
-    fn default() -> Hardening {
-        Hardening { lock_memory: false, own_mounts: true, oom_score_adj: Some(-1000) }
-    }
-}
-
 /// Prepares the process. Returns what could not be done, in words: a server works without, but not safely under memory
 /// pressure.
+///
+/// - I/O flusher: allocations never wait for write-out.
+/// - An own mount namespace: a process that shares one with a mount of its own device cannot end while the mount waits for
+///   it. Paths opened later do not see mounts made after this.
+/// - Never killed for its memory.
+/// - What it has touched stays in memory; what it maps and never touches costs nothing.
+/// - As many open files as the machine allows: a volume takes several, and the default is 1024.
 #[must_use = "the warnings are for the log"]
-pub fn harden(hardening: Hardening) -> Vec<String> {
+pub fn harden() -> Vec<String> {
     let mut warnings = Vec::new();
     if let Err(e) = set_io_flusher() {
         warnings.push(format!(
             "cannot become an I/O flusher (needs CAP_SYS_RESOURCE): {e}; the machine may deadlock when memory is short"
         ));
     }
-    if hardening.own_mounts
-        && let Err(e) = own_mounts()
-    {
+    if let Err(e) = own_mounts() {
         warnings.push(format!(
             "cannot get an own mount namespace (needs CAP_SYS_ADMIN): {e}; the process may hang at its end while the \
              device is mounted"
         ));
     }
-    if let Some(adj) = hardening.oom_score_adj
-        && let Err(e) = fs::write("/proc/self/oom_score_adj", adj.to_string())
-    {
-        warnings.push(format!(
-            "cannot set oom_score_adj to {adj}: {e}; the kernel may kill the server for its memory"
-        ));
+    if let Err(e) = fs::write("/proc/self/oom_score_adj", "-1000") {
+        warnings
+            .push(format!("cannot set oom_score_adj: {e}; the kernel may kill the server for its memory"));
     }
-    if hardening.lock_memory {
-        // SAFETY: no pointers.
-        if unsafe { libc::mlockall(libc::MCL_CURRENT) } != 0 {
-            let e = io::Error::last_os_error();
-            warnings.push(format!("cannot lock memory: {e}; set LimitMEMLOCK=infinity"));
-        }
+    if let Err(e) = lock_memory() {
+        warnings.push(format!("cannot lock memory: {e}; set LimitMEMLOCK=infinity"));
+    }
+    if let Err(e) = raise_open_files() {
+        warnings.push(format!("cannot raise the limit of open files: {e}; many volumes may not fit"));
     }
     warnings
+}
+
+fn lock_memory() -> io::Result<()> {
+    // SAFETY: no pointers.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn raise_open_files() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }
 
 /// Marks the calling thread, and threads it starts, as part of the storage: its allocations never wait for I/O.

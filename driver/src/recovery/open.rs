@@ -95,13 +95,11 @@ pub fn open(
     let mut indexes: BTreeMap<VolumeId, Index> =
         superblock.volumes.iter().map(|v| (v.id, Index::new())).collect();
 
-    let mut records = Vec::new();
-    let mut log = scan(stage, &superblock, &mut |found| records.push(*found))?;
-    log.checkpoint.flushed.retain(|id, _| indexes.contains_key(id));
-    for found in records.iter().filter(|f| f.lsn > log.checkpoint.lsn) {
+    let mut log = scan(stage, &superblock, &mut |found| {
         report.records_from_log += 1;
         index_record(&mut indexes, found);
-    }
+    })?;
+    log.checkpoint.flushed.retain(|id, _| indexes.contains_key(id));
     let log_end = Lsn(log.next_lsn.0 - 1);
     check_closed_end(stage, &superblock, log_end)?;
     let mut unusable = BTreeMap::new();

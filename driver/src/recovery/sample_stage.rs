@@ -23,7 +23,8 @@ use crate::io::memory_disk::MemDisk;
 const REGION_BYTES: u32 = 32 << 10;
 const BLOCK_BYTES: u32 = 512;
 const PATCH_BYTES: u32 = 32 << 10;
-const REGION_COUNT: u32 = 6;
+/// Regions of the stage.
+pub const REGION_COUNT: u32 = 6;
 const INCARNATION: u64 = 3;
 /// Size of each volume.
 pub const VOLUME_BYTES: u64 = 1 << 20;

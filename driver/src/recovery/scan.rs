@@ -81,8 +81,7 @@ pub fn read_checkpoints(disk: &dyn Disk, superblock: &Superblock) -> Result<Vec<
     Ok(found)
 }
 
-/// Scans the log of a stage. `visit` is told every record from the first live region on, also those at or below the
-/// checkpoint, in LSN order.
+/// Scans the log of a stage. `visit` is told every record above the checkpoint, in LSN order.
 pub fn scan(disk: &dyn Disk, superblock: &Superblock, visit: &mut dyn FnMut(&Found)) -> Result<ScannedLog> {
     let checkpoint = read_checkpoints(disk, superblock)?.into_iter().next().ok_or_else(|| {
         Error::new(
@@ -157,7 +156,7 @@ impl Scanner<'_> {
                 first = RegionSeq(first.0 - 1);
             }
             let start = at(first).expect("the oldest whole region");
-            let known = self.checkpoint_in(at(newest).expect("the newest region"))?;
+            let known = self.checkpoint_in(&starts, first, newest)?;
             if known.next() < start.first_lsn {
                 let what = format!(
                     "the newest checkpoint is damaged, and the regions before this one are missing although only LSN {known} \
@@ -189,6 +188,12 @@ impl Scanner<'_> {
     fn scan(&self, checkpoint: Checkpoint, visit: &mut dyn FnMut(&Found)) -> Result<ScannedLog> {
         let mut notes = Vec::new();
         let (checkpoint, chain, headless) = self.chain(checkpoint, &mut notes)?;
+        let flushed = checkpoint.lsn;
+        let visit: &mut dyn FnMut(&Found) = &mut |found| {
+            if found.lsn > flushed {
+                visit(found);
+            }
+        };
         let mut log = ScannedLog {
             checkpoint,
             regions: Vec::with_capacity(chain.len()),
@@ -261,11 +266,25 @@ impl Scanner<'_> {
         }
     }
 
-    /// The newest checkpoint that the groups of a region speak of.
-    fn checkpoint_in(&self, start: RegionStart) -> Result<Lsn> {
+    /// The newest checkpoint that the groups of regions `first..=newest` speak of. Of the newest region the first group may
+    /// be torn.
+    fn checkpoint_in(
+        &self,
+        starts: &[Option<RegionStart>],
+        first: RegionSeq,
+        newest: RegionSeq,
+    ) -> Result<Lsn> {
         let mut image = vec![0; self.geometry.region_bytes as usize];
-        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
-        Ok(walk_region(&image, start, &self.rules).checkpoint_lsn)
+        for seq in (first.0..=newest.0).rev().map(RegionSeq) {
+            let slot = seq.slot(self.geometry.region_count) as usize;
+            let Some(start) = starts[slot].filter(|start| start.seq == seq) else { break };
+            self.disk.read(self.geometry.region_offset(seq), &mut image)?;
+            let walked = walk_region(&image, start, &self.rules);
+            if walked.group_count > 0 {
+                return Ok(walked.checkpoint_lsn);
+            }
+        }
+        Ok(Lsn::ZERO)
     }
 
     /// Reads a region whose header is not there. The header is written together with the first group, so that write was never
@@ -374,6 +393,17 @@ impl Scanner<'_> {
         }
         if next.is_none() {
             let seq = walked.next.group_seq;
+            let footer = &image[image.len() - FOOTER_BYTES as usize..];
+            let (region_bytes, block_bytes) = (self.geometry.region_bytes, self.geometry.block_bytes);
+            // A table is written when all groups of its region are durable.
+            if TableInfo::decode(footer, self.rules.salt, start, region_bytes, block_bytes)
+                .is_some_and(|info| info.group_count > walked.group_count)
+            {
+                let what = format!(
+                    "group {seq} is invalid, but the region's table counts it among the durable ones"
+                );
+                return Err(self.damaged(start.seq, walked.data_end, &what));
+            }
             if let Some((at, group)) = later_group(&image, walked.data_end, start.seq, seq, &self.rules) {
                 let what =
                     format!("group {seq} is invalid, but group {} at offset {at} exists", group.group_seq);

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use zerocopy::IntoBytes;
 
-use super::sample_stage::SampleStage;
+use super::sample_stage::{REGION_COUNT, SampleStage};
 use super::scan::scan;
 use super::superblocks;
 use super::{ArenaSource, Environment, open};
@@ -112,4 +112,33 @@ fn a_lost_volume_is_forgotten_while_opening() {
     assert!(opened.core.is_staged(VolumeId(1)) && !opened.core.is_staged(VolumeId(2)));
     let left = superblocks::read(&stage.disk).unwrap().superblock.volumes;
     assert_eq!(left.iter().map(|v| v.id).collect::<Vec<_>>(), [VolumeId(1)]);
+}
+
+#[test]
+fn a_table_proves_that_the_last_groups_were_durable() {
+    let mut stage = SampleStage::filled();
+    stage.seal();
+    assert_eq!(end(&stage), Ok(36));
+    let last = stage.regions[2].groups[2].offset;
+    stage.disk.flip(last + 100, 1);
+    assert!(end(&stage).is_err(), "the last group is damaged, the log is said to end at {:?}", end(&stage));
+}
+
+#[test]
+fn a_torn_group_in_a_new_region_does_not_hide_what_is_known_to_be_flushed() {
+    let mut stage = SampleStage::filled();
+    stage.seal();
+    // Around the ring once, so that region 1 is overwritten; everything up to its end is known to be flushed.
+    stage.spoken = Lsn(12);
+    for _ in 4..=REGION_COUNT {
+        stage.begin_region();
+        stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+        stage.seal();
+    }
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+    let before = end(&stage).unwrap();
+    let torn = stage.regions.last().unwrap().groups[0].offset;
+    stage.disk.flip(torn + 100, 1);
+    assert_eq!(end(&stage), Ok(before - 1));
 }

@@ -9,6 +9,7 @@ use tidegate_ublk::Status;
 
 use super::by_server_or_here;
 use crate::cli::Delete;
+use crate::client::Client;
 use crate::protocol::Request;
 use crate::registry::{Entry, Registry};
 use crate::server::{Opening, Server};
@@ -19,8 +20,7 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     let _lock = registry.lock()?;
     let entry = registry.get(&args.name)?;
     let request = Request::RemoveVolume { volume: entry.name.clone() };
-    // Found out before the stage is opened, which writes to it.
-    let removed = FileDisk::open_to_look(&entry.backing).map_err(|e| e.within("backing")).and_then(|_| {
+    let removed = look_for_backing(registry, &entry).and_then(|()| {
         by_server_or_here(registry, &entry, request, |server| server.remove_volume(&entry.name))
     });
     let mut note = None;
@@ -66,6 +66,16 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the backing is there, found out before the stage is opened, which writes to it. What has a server or a device is
+/// refused for other reasons.
+fn look_for_backing(registry: &Registry, entry: &Entry) -> Result<()> {
+    let served = Client::connect(&registry.stage_dir(entry.stage_uuid)).is_some();
+    if served || engine::device_of(entry.volume_uuid)?.is_some() {
+        return Ok(());
+    }
+    FileDisk::open_to_look(&entry.backing).map(drop).map_err(|e| e.within("backing"))
 }
 
 /// Takes the volume off its stage without its backing. The outer error: not now.

@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 use nix::mount::{MntFlags, umount2};
 use tidegate_driver::base::{Error, Result};
 use tidegate_driver::io::FileDisk;
-use tidegate_ublk::process::{Hardening, harden};
+use tidegate_ublk::process::harden;
 
 /// The root directory as it was before, if there is an own namespace.
 static OUTSIDE: OnceLock<File> = OnceLock::new();
@@ -25,7 +25,7 @@ static OUTSIDE: OnceLock<File> = OnceLock::new();
 pub fn prepare(needed: &[&Path]) {
     let outside = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/");
     let before = fs::read_link("/proc/self/ns/mnt").ok();
-    for warning in harden(Hardening::default()) {
+    for warning in harden() {
         tracing::warn!("{warning}");
     }
     if before.is_none() || fs::read_link("/proc/self/ns/mnt").ok() == before {
