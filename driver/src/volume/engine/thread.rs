@@ -1,0 +1,159 @@
+//! The engine's background thread: owns a [`Background`] and a [`Reactor`], obeys control calls, publishes its status.
+
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::options_of;
+use crate::base::{Lsn, Result, VolumeId};
+use crate::flush::epoch::FlushTarget;
+use crate::io::Target;
+use crate::io::file::FileDisk;
+use crate::io::uring::{Event, Reactor, Waker};
+use crate::volume::background::{Background, BackgroundStatus};
+use crate::volume::request::Wake;
+use crate::volume::shared::Clock;
+
+/// Entries of the background's ring.
+const BACKGROUND_RING: u32 = 64;
+
+/// Wakes the background once its ring exists; it looks around by itself when it starts.
+#[derive(Default)]
+pub(super) struct LateWake(OnceLock<Waker>);
+
+impl Wake for LateWake {
+    fn wake(&self) {
+        if let Some(waker) = self.0.get() {
+            waker.wake();
+        }
+    }
+}
+
+pub(super) type TargetChange = Box<dyn FnOnce(&mut FlushTarget) + Send>;
+
+pub(super) enum Control {
+    Drain(Sender<Lsn>),
+    AddTarget(VolumeId, FlushTarget, Arc<FileDisk>, Sender<Result<()>>),
+    RemoveTarget(VolumeId, Sender<()>),
+    /// Carried out when no epoch is being flushed.
+    ChangeTarget(VolumeId, TargetChange),
+    Stop,
+}
+
+/// What the background publishes, and the signal that it has changed.
+#[derive(Default)]
+pub(super) struct Published {
+    pub(super) status: Mutex<BackgroundStatus>,
+    pub(super) changed: Condvar,
+}
+
+pub(super) struct BackgroundThread<'a> {
+    background: Background,
+    reactor: Reactor,
+    commands: &'a Receiver<Control>,
+    changes: Vec<(VolumeId, TargetChange)>,
+    stopping: bool,
+}
+
+impl BackgroundThread<'_> {
+    pub(super) fn run(
+        background: Background,
+        files: &[(Target, Arc<FileDisk>)],
+        commands: &Receiver<Control>,
+        published: &Published,
+        wake: &LateWake,
+        ready: &Sender<Result<()>>,
+    ) {
+        let made = Reactor::new(BACKGROUND_RING).and_then(|mut reactor| {
+            for (target, disk) in files {
+                reactor.register(*target, disk.file().clone(), options_of(disk))?;
+            }
+            Ok(reactor)
+        });
+        let reactor = match made {
+            Ok(reactor) => reactor,
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        assert!(wake.0.set(reactor.waker()).is_ok(), "one background per engine");
+        let _ = ready.send(Ok(()));
+        let clock = background.clock();
+        let mut thread =
+            BackgroundThread { background, reactor, commands, changes: Vec::new(), stopping: false };
+        while thread.turn(&*clock, published) {}
+    }
+
+    fn turn(&mut self, clock: &dyn Clock, published: &Published) -> bool {
+        let now_ns = clock.monotonic_ns();
+        let reactor = &mut self.reactor;
+        let deadline_ns = self.background.step(now_ns, &mut |op| reactor.push(op));
+        {
+            let mut status = published.status.lock();
+            if *status != self.background.status {
+                status.clone_from(&self.background.status);
+            }
+            published.changed.notify_all();
+        }
+        if self.stopping && !self.background.is_busy() {
+            return false;
+        }
+        let timeout = deadline_ns.map(|at| Duration::from_nanos(at.saturating_sub(now_ns)));
+        if let Err(error) = self.reactor.submit_and_wait(timeout) {
+            // Without its ring the background can flush nothing and tell nobody: let the next server recover.
+            tracing::error!("the background's ring failed: {}", error.report());
+            std::process::abort();
+        }
+        while let Some(event) = self.reactor.next_event() {
+            if let Event::Op(done) = event {
+                self.background.op_done(done);
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        self.change_targets();
+        true
+    }
+
+    fn obey(&mut self, command: Control) {
+        match command {
+            Control::Drain(reply) => {
+                let _ = reply.send(self.background.drain());
+            }
+            Control::AddTarget(volume, target, disk, reply) => {
+                let registered =
+                    self.reactor.register(Target::Backing(volume), disk.file().clone(), options_of(&disk));
+                if registered.is_ok() {
+                    self.background.add_target(volume, target);
+                }
+                let _ = reply.send(registered);
+            }
+            Control::RemoveTarget(volume, reply) => {
+                self.background.remove_target(volume);
+                let _ = self.reactor.unregister(Target::Backing(volume));
+                let _ = reply.send(());
+            }
+            Control::ChangeTarget(volume, change) => {
+                self.changes.push((volume, change));
+                self.background.hold(true);
+            }
+            Control::Stop => self.stopping = true,
+        }
+    }
+
+    fn change_targets(&mut self) {
+        if self.background.is_flushing() {
+            return;
+        }
+        for (volume, change) in self.changes.drain(..) {
+            if let Some(target) = self.background.target_mut(volume) {
+                change(target);
+            }
+        }
+        self.background.hold(false);
+    }
+}

@@ -1,0 +1,210 @@
+//! Changes to the set of volumes while the stage is in use: each is durable in the superblock when its call returns.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
+
+use super::thread::{Control, TargetChange};
+use super::{Engine, Volume, no_volume};
+use crate::base::{Error, ErrorKind, Result, VolumeId};
+use crate::flush::epoch::FlushTarget;
+use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
+use crate::format::superblock::Superblock;
+use crate::format::volume_entry::VolumeInfo;
+use crate::io::Disk;
+use crate::io::file::FileDisk;
+use crate::recovery::superblocks;
+use crate::volume::admin::{self, NewVolume};
+
+impl Engine {
+    /// Adds a volume. Durable when it returns.
+    pub fn add_volume(&self, backing: Arc<FileDisk>, new: NewVolume) -> Result<VolumeInfo> {
+        let mut superblock = self.superblock.lock();
+        let info = admin::plan_volume(&superblock, &*backing, &new)?;
+        let label = admin::first_label(&superblock, &info);
+        admin::write_only_label(&*backing, &label)?;
+        let mut next = superblock.clone();
+        next.volumes.push(info.clone());
+        next.next_volume_id += 1;
+        self.write_superblock(&mut superblock, next)?;
+        self.use_backing(&info, label, backing)?;
+        Ok(info)
+    }
+
+    /// Brings in the backing of a volume that was opened without it.
+    pub fn add_backing(&self, volume: VolumeId, backing: Arc<FileDisk>) -> Result<()> {
+        let superblock = self.superblock.lock();
+        let info =
+            superblock.volumes.iter().find(|v| v.id == volume).ok_or_else(|| no_volume(volume))?.clone();
+        if self.volumes.read().contains_key(&volume) {
+            return Err(Error::new(ErrorKind::Busy, format!("volume '{}' is already in use", info.name)));
+        }
+        let checkpoint = crate::recovery::scan::read_checkpoints(&*self.stage, &superblock)?
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::new(ErrorKind::Damaged, "no checkpoint is valid"))?;
+        let durable = self.shared.core.lock().durable();
+        let label = crate::recovery::open::check_label(&superblock, &info, &*backing, &checkpoint, durable)?;
+        // As in recovery: the label that was read must be durable before the other slot is written.
+        backing.sync()?;
+        self.use_backing(&info, label, backing)
+    }
+
+    fn use_backing(&self, info: &VolumeInfo, label: Label, backing: Arc<FileDisk>) -> Result<()> {
+        let capabilities = backing.capabilities();
+        let target = FlushTarget {
+            attempted: label.flushed_lsn,
+            label,
+            block_bytes: backing.block_bytes(),
+            zeroes: capabilities.write_zeroes,
+            discards: capabilities.discard,
+        };
+        let (reply, answer) = channel();
+        self.post(Control::AddTarget(info.id, target, backing.clone(), reply))?;
+        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))??;
+        self.shared.core.lock().add_volume(info.id);
+        self.volumes.write().insert(info.id, Volume::new(info.clone(), backing));
+        Ok(())
+    }
+
+    /// Removes a volume that has no open door, after flushing it. Its backing keeps its data and loses its label.
+    /// Durable when it returns.
+    pub fn remove_volume(&self, volume: VolumeId) -> Result<()> {
+        let (info, backing) = {
+            let volumes = self.volumes.read();
+            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
+            (found.info.clone(), found.backing.clone())
+        };
+        self.drain()?;
+        let mut superblock = self.superblock.lock();
+        {
+            let mut volumes = self.volumes.write();
+            let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
+            if doors > 0 || self.shared.core.lock().is_staged(volume) {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("volume '{}' is attached: detach it first", info.name),
+                ));
+            }
+            volumes.remove(&volume);
+        }
+        let mut next = superblock.clone();
+        next.volumes.retain(|v| v.id != volume);
+        if let Err(error) = self.write_superblock(&mut superblock, next) {
+            self.volumes.write().insert(volume, Volume::new(info, backing));
+            return Err(error);
+        }
+        self.shared.core.lock().remove_volume(volume);
+        let (reply, answer) = channel();
+        self.post(Control::RemoveTarget(volume, reply))?;
+        let _ = answer.recv();
+        admin::wipe_labels(&*backing, info.size_bytes)
+    }
+
+    /// Grows a volume to `size_bytes`; its backing must have the room (a file gets it). Durable when it returns.
+    pub fn resize_volume(&self, volume: VolumeId, size_bytes: u64) -> Result<()> {
+        let mut superblock = self.superblock.lock();
+        let (old, backing) = {
+            let volumes = self.volumes.read();
+            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
+            (found.info.clone(), found.backing.clone())
+        };
+        if size_bytes == old.size_bytes {
+            return Ok(());
+        }
+        let info = VolumeInfo { size_bytes, ..old.clone() };
+        info.validate()?;
+        check_growth(&old, size_bytes, &backing)?;
+        let mut next = superblock.clone();
+        next.sequence += 1;
+        next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
+        // No sequence number is used twice, whatever becomes of this update.
+        superblock.sequence = next.sequence;
+        self.move_label(volume, size_bytes, backing.clone(), next.clone())?;
+        *superblock = next;
+        wipe_old_tail(&*backing, old.size_bytes, size_bytes)?;
+        if let Some(found) = self.volumes.write().get_mut(&volume) {
+            found.info = info;
+            found.shared.size_bytes.store(size_bytes, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Writes the label behind the new end and then the superblock, while no epoch is under way: an epoch's label and
+    /// checkpoint must not come between the two. Until the superblock knows the new size the old labels are valid; then
+    /// they are part of the volume. A crash before they are zeroed leaves old label bytes in the space that was added.
+    fn move_label(
+        &self,
+        volume: VolumeId,
+        size_bytes: u64,
+        backing: Arc<FileDisk>,
+        next: Superblock,
+    ) -> Result<()> {
+        let (reply, answer) = channel();
+        let stage = self.stage.clone();
+        let change: TargetChange = Box::new(move |target| {
+            let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
+            let written =
+                admin::write_only_label(&*backing, &label).and_then(|()| superblocks::write(&*stage, &next));
+            if written.is_ok() {
+                target.label = label;
+            }
+            let _ = reply.send(written);
+        });
+        self.post(Control::ChangeTarget(volume, change))?;
+        answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))?
+    }
+
+    /// Notes where the backing of a volume is now. Durable when it returns.
+    pub fn set_backing_path(&self, volume: VolumeId, path: &str) -> Result<()> {
+        let mut superblock = self.superblock.lock();
+        let mut next = superblock.clone();
+        for info in next.volumes.iter_mut().filter(|v| v.id == volume) {
+            path.clone_into(&mut info.backing);
+            info.validate()?;
+        }
+        if next == *superblock {
+            return Ok(());
+        }
+        self.write_superblock(&mut superblock, next)
+    }
+}
+
+/// Checks that a volume can grow to `size_bytes`, and gives a backing file the room.
+fn check_growth(old: &VolumeInfo, size_bytes: u64, backing: &FileDisk) -> Result<()> {
+    if size_bytes < old.size_bytes {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("volume '{}' has {} bytes and cannot shrink to {size_bytes}", old.name, old.size_bytes),
+        ));
+    }
+    let old_labels_end = label_offset(old.size_bytes, 0) + LABEL_BYTES * u64::from(LABEL_SLOTS);
+    if label_offset(size_bytes, 0) < old_labels_end {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("volume '{}' can grow to {old_labels_end} bytes or more, not to {size_bytes}", old.name),
+        ));
+    }
+    let needed = backing_bytes_for(size_bytes);
+    backing.grow_file(needed)?;
+    let available = backing.refresh_len()?;
+    if available < needed {
+        return Err(Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "{} has {available} bytes, {needed} are needed: enlarge the device first",
+                backing.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Zeroes what used to be the labels of a backing and is volume now. Whole blocks, so that no byte of the volume beside
+/// them is read and written back while the flusher changes it.
+fn wipe_old_tail(backing: &dyn Disk, old_bytes: u64, new_bytes: u64) -> Result<()> {
+    let start = label_offset(old_bytes, 0);
+    let end = backing_bytes_for(old_bytes).min(label_offset(new_bytes, 0));
+    backing.write(start, &vec![0; (end - start) as usize])?;
+    backing.sync()
+}
