@@ -29,6 +29,10 @@ use crate::memory::{IoDescs, TagBuffers};
 use crate::sys::{self, IoCmd, IoDesc};
 use crate::tag::{TagEvent, TagState};
 
+/// So many completed requests are handed to the kernel in the middle of a round: the client works on them while the rest of
+/// the round is served.
+const TELL_EVERY: u32 = 8;
+
 /// Makes the doors of a device: one for each queue, on the queue's thread.
 pub trait DoorFactory: Send + Sync {
     /// What serves a queue's requests.
@@ -91,6 +95,8 @@ pub struct QueueIo {
     tags: Box<[Tag]>,
     /// Tags that the kernel may still use.
     tags_alive: u32,
+    /// Requests completed since the kernel was last told.
+    completed: u32,
     /// Events that came while the queue was being set up.
     early: VecDeque<Event>,
 }
@@ -109,6 +115,7 @@ impl QueueIo {
             copying,
             tags: vec![idle; usize::from(setup.depth)].into_boxed_slice(),
             tags_alive: u32::from(setup.depth),
+            completed: 0,
             early: VecDeque::new(),
         })
     }
@@ -203,6 +210,7 @@ impl QueueIo {
 
     fn commit(&mut self, tag: u16, result: i32) {
         self.advance(tag, TagEvent::Commit);
+        self.completed += 1;
         self.command(sys::IO_COMMIT_AND_FETCH_REQ, tag, result);
     }
 
@@ -417,7 +425,12 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
                     door.woken(io);
                 }
             }
+            if io.completed >= TELL_EVERY {
+                io.completed = 0;
+                io.reactor.submit_and_wait(Some(Duration::ZERO))?;
+            }
         }
+        io.completed = 0;
         door.batch_end(io);
         // A door works for others too: it may have begun to write the log for all of them, and they wait for its end.
         if (given_up || io.tags_alive == 0) && io.reactor.ops_in_flight() == 0 {

@@ -28,6 +28,9 @@ use crate::stage::serve::{ReadPiece, ReadSource};
 
 /// Most bytes of read buffers in flight on a door; further reads wait for one to finish.
 const READ_BYTES_MAX: u64 = 16 << 20;
+/// Acknowledgements are taken out after so many records, so that clients of `memory` acks go on while the rest of a large
+/// batch is filled.
+const REAP_EVERY: u32 = 8;
 /// Most buffers kept for reuse.
 const SPARE_BUFFERS_MAX: usize = 128;
 /// Most bytes of buffers kept for reuse.
@@ -99,6 +102,8 @@ pub struct VolumeDoor {
     spare_bytes: usize,
     read_bytes: u64,
     reads_waiting: VecDeque<u32>,
+    /// Records published since outcomes were last taken.
+    published: u32,
     /// Timestamp of the current batch: one look at the clock serves all its records.
     batch_ns: Option<u64>,
 }
@@ -128,6 +133,7 @@ impl VolumeDoor {
             spare_bytes: 0,
             read_bytes: 0,
             reads_waiting: VecDeque::new(),
+            published: 0,
             batch_ns: None,
         }
     }
@@ -180,6 +186,7 @@ impl VolumeDoor {
 
     /// Carries out what the core decided, until it has nothing more to say.
     fn run<IO: DoorIo>(&mut self, io: &mut IO) {
+        self.published = 0;
         loop {
             let mut outcomes = std::mem::take(&mut self.outcomes);
             self.shared.core.lock().take_outcomes(&mut outcomes);
@@ -220,7 +227,13 @@ impl VolumeDoor {
         let claim =
             self.shared.core.lock().claim(self.id, request.tag, payload_bytes, self.volume.on_log_error);
         match claim {
-            Claim::Slot(slot) => self.fill(slot, &request, io),
+            Claim::Slot(slot) => {
+                self.fill(slot, &request, io);
+                self.published += 1;
+                if self.published >= REAP_EVERY {
+                    self.run(io);
+                }
+            }
             Claim::Wait => {}
             Claim::Refused(errno) => self.finish(request.tag, Err(errno), io),
         }
