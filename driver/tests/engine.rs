@@ -214,3 +214,25 @@ fn volumes_come_grow_and_go_while_the_stage_is_in_use() {
     assert_eq!(engine.volumes().len(), 1);
     engine.close(true).unwrap();
 }
+
+/// The change waits for the epoch's end; nothing else happens that could wake the thread that carries it out.
+#[test]
+fn a_volume_grows_in_the_middle_of_a_flush() {
+    let place = Place::new(64 << 20, &[AckLevel::Log]);
+    let engine = place.open().unwrap();
+    let mut client = LocalClient::new(&engine, V1, 8).unwrap();
+    for round in 1..=20 {
+        for block in 0..64 {
+            client.write(block * 128 << 10, &pattern(round, 4096)).unwrap();
+        }
+        std::thread::scope(|scope| {
+            let flush = scope.spawn(|| engine.drain());
+            let status = scope.spawn(|| engine.status().volumes.len());
+            engine.resize_volume(V1, VOLUME_BYTES + (round << 20)).unwrap();
+            flush.join().unwrap().unwrap();
+            assert_eq!(status.join().unwrap(), 1);
+        });
+    }
+    drop(client);
+    engine.close(true).unwrap();
+}

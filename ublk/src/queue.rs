@@ -433,8 +433,11 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
         io.completed = 0;
         door.batch_end(io);
         // A door works for others too: it may have begun to write the log for all of them, and they wait for its end.
-        if (given_up || io.tags_alive == 0) && io.reactor.ops_in_flight() == 0 {
-            return Ok(());
+        if given_up || io.tags_alive == 0 {
+            if io.reactor.ops_in_flight() == 0 {
+                return Ok(());
+            }
+            door.retire();
         }
         io.reactor.submit_and_wait(None)?;
     }

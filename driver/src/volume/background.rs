@@ -69,6 +69,8 @@ pub struct BackgroundStatus {
     pub stage_errors: u64,
     /// Why the stage device fails, while it does.
     pub stage_problem: Option<String>,
+    /// Whether the log cannot be written.
+    pub log_fails: bool,
     /// Why the arena cannot get all its memory, while it cannot.
     pub memory_problem: Option<String>,
     /// Damage that was found.
@@ -239,7 +241,8 @@ impl Background {
 
     fn retry_log(&mut self, now_ns: u64) {
         let mut core = self.shared.core.lock();
-        if !core.log_has_failed() {
+        self.status.log_fails = core.log_has_failed();
+        if !self.status.log_fails {
             self.log_retry = BackOff::default();
             return;
         }

@@ -102,6 +102,8 @@ pub struct VolumeDoor {
     spare_bytes: usize,
     read_bytes: u64,
     reads_waiting: VecDeque<u32>,
+    /// No more requests come.
+    retired: bool,
     /// Records published since outcomes were last taken.
     published: u32,
     /// Timestamp of the current batch: one look at the clock serves all its records.
@@ -133,6 +135,7 @@ impl VolumeDoor {
             spare_bytes: 0,
             read_bytes: 0,
             reads_waiting: VecDeque::new(),
+            retired: false,
             published: 0,
             batch_ns: None,
         }
@@ -187,6 +190,10 @@ impl VolumeDoor {
     /// Carries out what the core decided, until it has nothing more to say.
     fn run<IO: DoorIo>(&mut self, io: &mut IO) {
         self.published = 0;
+        if self.retired {
+            self.shared.kick_background();
+            return;
+        }
         loop {
             let mut outcomes = std::mem::take(&mut self.outcomes);
             self.shared.core.lock().take_outcomes(&mut outcomes);
@@ -474,7 +481,13 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
 
     fn batch_end(&mut self, io: &mut IO) {
         self.batch_ns = None;
-        self.shared.core.lock().pump_commit();
-        self.run(io);
+        if !self.retired {
+            self.shared.core.lock().pump_commit();
+            self.run(io);
+        }
+    }
+
+    fn retire(&mut self) {
+        self.retired = true;
     }
 }

@@ -86,6 +86,9 @@ struct Volume {
 pub struct Engine {
     shared: Arc<Shared>,
     stage: Arc<FileDisk>,
+    /// Held through a change of the superblock, with its I/O: one at a time.
+    changing: Mutex<()>,
+    /// As it was written last. Held for moments.
     superblock: Mutex<Superblock>,
     volumes: RwLock<BTreeMap<VolumeId, Volume>>,
     report: RecoveryReport,
@@ -170,6 +173,7 @@ impl Engine {
         Ok(Arc::new(Engine {
             shared,
             stage,
+            changing: Mutex::new(()),
             superblock: Mutex::new(opened.superblock),
             volumes: RwLock::new(volumes),
             report: opened.report,
@@ -221,13 +225,21 @@ impl Engine {
         Ok(())
     }
 
-    fn write_superblock(&self, current: &mut Superblock, mut next: Superblock) -> Result<()> {
-        next.sequence += 1;
-        // No sequence number is used twice: a copy of a failed update may be on the device all the same.
-        current.sequence = next.sequence;
+    /// Writes the superblock with a change. The caller holds `changing`.
+    fn change_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        let mut next = self.next_superblock();
+        change(&mut next);
         superblocks::write(&*self.stage, &next)?;
-        *current = next;
+        *self.superblock.lock() = next;
         Ok(())
+    }
+
+    /// The superblock with the next sequence number. None is used twice: a copy of a failed update may be on the device all
+    /// the same.
+    fn next_superblock(&self) -> Superblock {
+        let mut superblock = self.superblock.lock();
+        superblock.sequence += 1;
+        superblock.clone()
     }
 
     /// Flushes everything that was accepted before the call to the backings. Blocks. Fails if a device does; what is
@@ -293,11 +305,12 @@ impl Engine {
         }
         self.make_durable()?;
         self.stop_thread();
-        let mut superblock = self.superblock.lock();
-        let mut next = superblock.clone();
-        next.state = StageState::Clean;
-        next.closed_lsn = self.shared.core.lock().durable();
-        self.write_superblock(&mut superblock, next)?;
+        let _one = self.changing.lock();
+        let durable = self.shared.core.lock().durable();
+        self.change_superblock(|next| {
+            next.state = StageState::Clean;
+            next.closed_lsn = durable;
+        })?;
         self.shared.arena.unlink()
     }
 

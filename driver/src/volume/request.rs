@@ -63,6 +63,9 @@ pub trait Door<IO: DoorIo> {
     /// The requests at hand have all been fed: whatever was gathered for one group can go. Call once per batch of
     /// events, before waiting.
     fn batch_end(&mut self, io: &mut IO);
+    /// No more requests will come: the door takes on nothing more for others (a group of the log that is due), so that it
+    /// has nothing in flight as soon as what it has begun is done.
+    fn retire(&mut self) {}
 }
 
 /// Wakes the thread of a door (an eventfd in the ring, a flag in the simulator). May be called from any thread, any

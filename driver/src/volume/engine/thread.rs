@@ -94,9 +94,14 @@ impl BackgroundThread<'_> {
         {
             let mut status = published.status.lock();
             if *status != self.background.status {
+                announce(&status, &self.background.status);
                 status.clone_from(&self.background.status);
             }
             published.changed.notify_all();
+        }
+        // An epoch may have ended in the step, and with it the wait of a change; nothing else may come to end the sleep.
+        if self.change_targets() {
+            return true;
         }
         if self.stopping && !self.background.is_busy() {
             return false;
@@ -115,7 +120,6 @@ impl BackgroundThread<'_> {
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
         }
-        self.change_targets();
         true
     }
 
@@ -145,9 +149,10 @@ impl BackgroundThread<'_> {
         }
     }
 
-    fn change_targets(&mut self) {
-        if self.background.is_flushing() {
-            return;
+    /// Carries out the changes that wait, unless an epoch is under way. Returns whether there were any.
+    fn change_targets(&mut self) -> bool {
+        if self.changes.is_empty() || self.background.is_flushing() {
+            return false;
         }
         for (volume, change) in self.changes.drain(..) {
             if let Some(target) = self.background.target_mut(volume) {
@@ -155,5 +160,29 @@ impl BackgroundThread<'_> {
             }
         }
         self.background.hold(false);
+        true
+    }
+}
+
+/// Tells the log what has begun to fail and what works again.
+fn announce(before: &BackgroundStatus, now: &BackgroundStatus) {
+    let changed = |what: &str, before: Option<&str>, now: Option<&str>| match (before, now) {
+        (None, Some(problem)) => tracing::error!("{what}: {problem}; it is tried again"),
+        (Some(_), None) => tracing::info!("{what}: works again"),
+        _ => {}
+    };
+    let backing = |status: &BackgroundStatus| status.backing_problem.as_ref().map(|(volume, _)| *volume);
+    if let Some(volume) = backing(before).or(backing(now)) {
+        let problem =
+            |status: &'_ BackgroundStatus| status.backing_problem.clone().map(|(_, problem)| problem);
+        let what = format!("the backing of volume {volume}");
+        changed(&what, problem(before).as_deref(), problem(now).as_deref());
+    }
+    let log = |status: &BackgroundStatus| status.log_fails.then_some("cannot be written");
+    changed("the log", log(before), log(now));
+    changed("the stage device", before.stage_problem.as_deref(), now.stage_problem.as_deref());
+    changed("memory of the arena", before.memory_problem.as_deref(), now.memory_problem.as_deref());
+    if let (None, Some(damage)) = (&before.damage, &now.damage) {
+        tracing::error!("nothing more is accepted: {damage}");
     }
 }

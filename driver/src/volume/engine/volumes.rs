@@ -19,21 +19,23 @@ use crate::volume::admin::{self, NewVolume};
 impl Engine {
     /// Adds a volume. Durable when it returns.
     pub fn add_volume(&self, backing: Arc<FileDisk>, new: NewVolume) -> Result<VolumeInfo> {
-        let mut superblock = self.superblock.lock();
+        let _one = self.changing.lock();
+        let superblock = self.superblock.lock().clone();
         let info = admin::plan_volume(&superblock, &*backing, &new)?;
         let label = admin::first_label(&superblock, &info);
         admin::write_only_label(&*backing, &label)?;
-        let mut next = superblock.clone();
-        next.volumes.push(info.clone());
-        next.next_volume_id += 1;
-        self.write_superblock(&mut superblock, next)?;
+        self.change_superblock(|next| {
+            next.volumes.push(info.clone());
+            next.next_volume_id += 1;
+        })?;
         self.use_backing(&info, label, backing)?;
         Ok(info)
     }
 
     /// Brings in the backing of a volume that was opened without it.
     pub fn add_backing(&self, volume: VolumeId, backing: Arc<FileDisk>) -> Result<()> {
-        let superblock = self.superblock.lock();
+        let _one = self.changing.lock();
+        let superblock = self.superblock.lock().clone();
         let info =
             superblock.volumes.iter().find(|v| v.id == volume).ok_or_else(|| no_volume(volume))?.clone();
         if self.volumes.read().contains_key(&volume) {
@@ -76,7 +78,7 @@ impl Engine {
             (found.info.clone(), found.backing.clone())
         };
         self.drain()?;
-        let mut superblock = self.superblock.lock();
+        let _one = self.changing.lock();
         {
             let mut volumes = self.volumes.write();
             let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
@@ -88,9 +90,7 @@ impl Engine {
             }
             volumes.remove(&volume);
         }
-        let mut next = superblock.clone();
-        next.volumes.retain(|v| v.id != volume);
-        if let Err(error) = self.write_superblock(&mut superblock, next) {
+        if let Err(error) = self.change_superblock(|next| next.volumes.retain(|v| v.id != volume)) {
             self.volumes.write().insert(volume, Volume::new(info, backing));
             return Err(error);
         }
@@ -103,7 +103,7 @@ impl Engine {
 
     /// Grows a volume to `size_bytes`; its backing must have the room (a file gets it). Durable when it returns.
     pub fn resize_volume(&self, volume: VolumeId, size_bytes: u64) -> Result<()> {
-        let mut superblock = self.superblock.lock();
+        let _one = self.changing.lock();
         let (old, backing) = {
             let volumes = self.volumes.read();
             let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
@@ -115,13 +115,10 @@ impl Engine {
         let info = VolumeInfo { size_bytes, ..old.clone() };
         info.validate()?;
         check_growth(&old, size_bytes, &backing)?;
-        let mut next = superblock.clone();
-        next.sequence += 1;
+        let mut next = self.next_superblock();
         next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
-        // No sequence number is used twice, whatever becomes of this update.
-        superblock.sequence = next.sequence;
         self.move_label(volume, size_bytes, backing.clone(), next.clone())?;
-        *superblock = next;
+        *self.superblock.lock() = next;
         wipe_old_tail(&*backing, old.size_bytes, size_bytes)?;
         if let Some(found) = self.volumes.write().get_mut(&volume) {
             found.info = info;
@@ -157,16 +154,14 @@ impl Engine {
 
     /// Notes where the backing of a volume is now. Durable when it returns.
     pub fn set_backing_path(&self, volume: VolumeId, path: &str) -> Result<()> {
-        let mut superblock = self.superblock.lock();
-        let mut next = superblock.clone();
-        for info in next.volumes.iter_mut().filter(|v| v.id == volume) {
-            path.clone_into(&mut info.backing);
-            info.validate()?;
-        }
-        if next == *superblock {
+        let _one = self.changing.lock();
+        let mut volumes = self.superblock.lock().volumes.clone();
+        let Some(info) = volumes.iter_mut().find(|v| v.id == volume && v.backing != path) else {
             return Ok(());
-        }
-        self.write_superblock(&mut superblock, next)
+        };
+        path.clone_into(&mut info.backing);
+        info.validate()?;
+        self.change_superblock(|next| next.volumes = volumes)
     }
 }
 
