@@ -120,7 +120,8 @@ pub fn open(
     }
 
     stage.sync()?;
-    for backing in backings.values() {
+    // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
+    for (_, backing) in backings.iter().filter(|(id, _)| targets.contains_key(id)) {
         backing.sync()?;
     }
     report.superblocks_repaired = superblocks::repair(stage, &read)?;
@@ -311,7 +312,7 @@ fn check_backings(
             unusable.insert(volume.id, Error::new(ErrorKind::NotFound, what));
             continue;
         };
-        match check_identity(superblock, volume, *backing, checkpoint) {
+        match backing.drop_cache().and_then(|()| check_identity(superblock, volume, *backing, checkpoint)) {
             Ok(label) => {
                 check_log_reaches(volume, &label, &backing.name(), log_end)?;
                 let block_bytes = backing.block_bytes();

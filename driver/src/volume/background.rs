@@ -87,8 +87,14 @@ pub struct Background {
     pool: Vec<AlignedBuf>,
     checkpoint: Checkpoint,
     epoch: Option<EpochRun>,
+    /// The epoch that failed. Exactly it is tried again: its checkpoint may be on the device although the write failed, so
+    /// nothing older may be written to a backing any more than what it covers.
+    failed_epoch: Option<Epoch>,
     sealing: Option<RegionState>,
     loading: Option<RegionState>,
+    /// A region could not be read; it is tried again after a pause.
+    load_failed: bool,
+    load_retry: BackOff,
     /// Whether the arena came from the previous server, so that cold regions may be whole in it.
     arena_reused: bool,
     log_group: Option<ClosedGroup>,
@@ -122,8 +128,11 @@ impl Background {
             pool: flush_pool(),
             checkpoint,
             epoch: None,
+            failed_epoch: None,
             sealing: None,
             loading: None,
+            load_failed: false,
+            load_retry: BackOff::default(),
             arena_reused,
             log_group: None,
             flush_retry: BackOff::default(),
@@ -193,7 +202,7 @@ impl Background {
         self.retry_log(now_ns);
         self.run(submit);
         self.allocate(now_ns);
-        self.load(submit);
+        self.load(now_ns, submit);
         self.seal(submit);
         self.flush(now_ns, submit);
         {
@@ -213,6 +222,11 @@ impl Background {
         let mut at_latest = |at: u64| deadline = Some(deadline.map_or(at, |d| d.min(at)));
         if core.log_has_failed() {
             at_latest(self.log_retry.until_ns);
+        }
+        if self.load_failed {
+            at_latest(now_ns);
+        } else if self.load_retry.until_ns > now_ns {
+            at_latest(self.load_retry.until_ns);
         }
         if core.reclaim_is_pending() {
             at_latest(now_ns + RECLAIM_RETRY_NS);
@@ -277,7 +291,13 @@ impl Background {
 
     // ---- cold regions
 
-    fn load(&mut self, submit: &mut dyn FnMut(Op)) {
+    fn load(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
+        if std::mem::take(&mut self.load_failed) {
+            self.load_retry.failed(now_ns, LOG_RETRY_NS);
+        }
+        if now_ns < self.load_retry.until_ns {
+            return;
+        }
         while self.loading.is_none() && self.status.damage.is_none() {
             let region = {
                 let core = self.shared.core.lock();
@@ -331,6 +351,10 @@ impl Background {
         let position = self.shared.geometry.region_offset(region.start.seq);
         match result {
             Ok(()) if self.is_whole(&region) => {
+                if self.load_retry.until_ns > 0 {
+                    self.load_retry = BackOff::default();
+                    self.status.stage_problem = None;
+                }
                 self.loaded(&region);
                 return;
             }
@@ -344,10 +368,15 @@ impl Background {
                 ));
             }
             Err(errno) => {
-                self.status.damage = Some(format!(
+                // The bytes may well be there: it is tried again.
+                self.shared.arena.unpin(region.start.seq);
+                self.load_failed = true;
+                self.status.stage_errors += 1;
+                self.status.stage_problem = Some(format!(
                     "the log cannot be read at byte {position} (region {}): {errno}",
                     region.start.seq
                 ));
+                return;
             }
         }
         self.shared.arena.unpin(region.start.seq);
@@ -448,7 +477,7 @@ impl Background {
             let unflushed = core.claimed() > core.checkpoint();
             let idle = unflushed && now_ns >= self.idle_since_ns + IDLE_NS;
             let draining = self.drain_to > core.checkpoint();
-            if !(idle || draining || core.above_high_mark()) {
+            if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
             let all = idle || draining || core.waiting() > 0;
@@ -461,7 +490,7 @@ impl Background {
                 self.status.backing_problem = Some((volume, "the backing is not there".to_owned()));
                 return;
             }
-            let Some(epoch) = core.next_epoch(all) else { return };
+            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all)) else { return };
             // Volumes that were deleted have no place in the checkpoint any more.
             let volumes = core.volumes();
             self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
@@ -505,6 +534,7 @@ impl Background {
 
     fn epoch_flushed(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
         let run = self.epoch.take().expect("an epoch ended");
+        self.failed_epoch = None;
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
@@ -521,7 +551,7 @@ impl Background {
     }
 
     fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {
-        self.epoch = None;
+        self.failed_epoch = self.epoch.take().map(|run| run.epoch);
         self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
         match target {
             Target::Backing(volume) => {
