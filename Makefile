@@ -6,7 +6,7 @@ SEEDS ?= 2000
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 
-.PHONY: run test system ci sim fuzz bench lint fmt doc install tools-release
+.PHONY: run test ci sim fuzz bench lint fmt doc install tools-release
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
@@ -18,13 +18,6 @@ run: tools-release
 # All tests, those on a real kernel included (in the test machine, on every kernel of KERNELS).
 test:
 	tests/run $(KERNELS)
-
-# The whole system in the test machine: file systems, kills, device faults, dm-log-writes. Not part of `test` yet: see
-# docs/architecture.md, known weaknesses.
-system:
-	$(CARGO) build --release -p tidegate-tools
-	$(CARGO) test --release -p tidegate-tests --test system --no-run
-	tests/vm/run --kernel 7.2 --timeout 1800 -- $$(ls -t target/release/deps/system-* | grep -v '\.d$$' | head -n 1)
 
 ci: lint test
 
