@@ -472,9 +472,8 @@ fn only_the_owner_recovers() {
     let server = Server::start(&base);
     let number = server.id.to_string();
     let found = state(server.id).unwrap();
-    assert_eq!((found.status, found.identity), (Status::Live, 0x7469_6465));
-    assert_eq!(size_bytes(server.id).unwrap(), 64 << 20);
-    assert_eq!(found.server_pid, Some(server.child.id()));
+    assert_eq!((found.status, found.server_pid), (Status::Live, Some(server.child.id())));
+    assert_eq!((found.identity, size_bytes(server.id).unwrap()), (0x7469_6465, 64 << 20));
     assert_eq!(delete(server.id).unwrap_err().kind(), ErrorKind::Busy);
     assert_eq!(list().unwrap(), [server.id]);
     let id = server.kill();

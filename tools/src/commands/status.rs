@@ -167,20 +167,31 @@ impl Known {
         })
     }
 
-    /// The device of a volume that waits for a server, and whether the last one ended in order. The kernel knows whether
-    /// there is one; where it cannot be asked, what the last server noted has to do.
-    fn left(&self, entry: &Entry) -> Option<(bool, u32)> {
-        let in_order = self.runtime.as_ref().is_some_and(|r| r.ended);
+    /// The device of a volume that has no server to ask. The kernel knows whether there is one; where it cannot be asked,
+    /// what the last server noted has to do.
+    fn left(&self, entry: &Entry) -> Option<Left> {
+        let state = match &self.runtime {
+            Some(runtime) if runtime.ended => State::Waiting,
+            _ => State::ServerDied,
+        };
         match engine::device_of(entry.volume_uuid) {
-            Ok(found) => {
-                found.filter(|(_, status)| *status != DeviceStatus::Dead).map(|(id, _)| (in_order, id))
-            }
+            Ok(None | Some((_, DeviceStatus::Dead))) => None,
+            // Somebody serves it whose socket is not there.
+            Ok(Some((device_id, DeviceStatus::Live))) => Some(Left { device_id, state: State::NotAnswering }),
+            Ok(Some((device_id, _))) => Some(Left { device_id, state }),
             Err(_) => {
-                let noted = self.runtime.as_ref()?.devices.iter();
-                noted.filter(|d| d.volume_uuid == entry.volume_uuid).map(|d| (in_order, d.device_id)).next()
+                let mut noted = self.runtime.as_ref()?.devices.iter();
+                let device_id = noted.find(|d| d.volume_uuid == entry.volume_uuid)?.device_id;
+                Some(Left { device_id, state })
             }
         }
     }
+}
+
+/// A device without a server that answers.
+struct Left {
+    device_id: u32,
+    state: State,
 }
 
 /// A volume's properties.
@@ -285,15 +296,14 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let server = known.server.as_ref();
     let device = server.and_then(|s| s.devices.iter().find(|d| d.volume == entry.name));
     let left = if server.is_none() { known.left(entry) } else { None };
-    let state = match (server, device, left) {
+    let state = match (server, device, &left) {
         (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
         (Some(s), Some(_), _) if s.ending => State::Ending,
         (Some(_), Some(_), _) => State::Attached,
         (Some(_), None, _) => State::Detached,
         (None, _, _) if known.hangs.is_some() => State::NotAnswering,
         (None, _, _) if known.supervised => State::Recovering,
-        (None, _, Some((true, _))) => State::Waiting,
-        (None, _, Some((false, _))) => State::ServerDied,
+        (None, _, Some(left)) => left.state,
         (None, _, None) if known.unread().is_some() => State::Error,
         (None, _, None) => State::Detached,
     };
@@ -302,7 +312,7 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let missing = (known.unread().is_none() && info.is_none()).then(|| {
         format!("the stage does not list it: `tidegate delete --force {}` forgets the name", entry.name)
     });
-    let device_id = device.map(|d| d.device_id).or(left.map(|(_, id)| id));
+    let device_id = device.map(|d| d.device_id).or(left.map(|l| l.device_id));
     Volume {
         name: entry.name.clone(),
         uuid: entry.volume_uuid,

@@ -60,19 +60,7 @@ impl Server {
         let Some(entry) = entries.first() else {
             return Err(Error::new(ErrorKind::NotFound, format!("no volume is on stage {uuid}")));
         };
-        let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
-        let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
-        if superblock.stage_uuid != uuid {
-            return Err(Error::new(
-                ErrorKind::WrongDevice,
-                format!(
-                    "{} holds stage {}, expected {uuid}: the device was replaced or its name has changed; name the right one \
-                     with attach --stage",
-                    entry.stage.display(),
-                    superblock.stage_uuid
-                ),
-            ));
-        }
+        let (stage, superblock) = open_stage(entry)?;
         let forget = match opening.forget {
             None => None,
             Some(volume) => {
@@ -305,6 +293,25 @@ pub(super) fn close(engine: &Engine, flush: bool) -> Result<()> {
 }
 
 type Backings = (BTreeMap<VolumeId, Arc<FileDisk>>, BTreeMap<VolumeId, Error>);
+
+/// Opens the stage where `entry` says it is.
+fn open_stage(entry: &Entry) -> Result<(Arc<FileDisk>, Superblock)> {
+    let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
+    let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
+    if superblock.stage_uuid == entry.stage_uuid {
+        return Ok((stage, superblock));
+    }
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!(
+            "{} holds stage {}, expected {}: the device was replaced or its name has changed; name the right one with \
+             attach --stage",
+            entry.stage.display(),
+            superblock.stage_uuid,
+            entry.stage_uuid
+        ),
+    ))
+}
 
 /// Opens the backings of all volumes, where the registry or else the superblock says they are.
 fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Backings {
