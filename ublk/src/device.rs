@@ -197,10 +197,16 @@ impl Device {
         self.flags & sys::F_USER_COPY != 0
     }
 
-    /// Whether every queue's thread has ended although this process did not stop the device: somebody else did.
+    /// Whether every queue's thread has ended: the device was stopped, perhaps by somebody else.
     #[must_use]
     pub fn ended(&self) -> bool {
-        self.cdev.is_some() && self.threads.iter().all(JoinHandle::is_finished)
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Whether somebody else has stopped the device.
+    #[must_use]
+    pub fn ended_by_others(&self) -> bool {
+        self.cdev.is_some() && self.ended()
     }
 
     /// Changes the size that clients see. Growing: first make what is behind the device larger. Shrinking is not

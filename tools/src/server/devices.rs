@@ -151,7 +151,7 @@ impl Server {
         let mut forgotten = false;
         self.attached.lock().retain(|name, attached| {
             // One that is locked is being stopped or resized, by us.
-            let ended = attached.device.try_lock().is_some_and(|device| device.ended());
+            let ended = attached.device.try_lock().is_some_and(|device| device.ended_by_others());
             if ended {
                 tracing::warn!("{} of volume '{name}' was ended by somebody else", attached.path.display());
                 links::remove(name, attached.device_id);
