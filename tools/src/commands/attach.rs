@@ -1,5 +1,6 @@
 //! `attach`: finds or starts the server and has it make the device.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -10,6 +11,8 @@ use serde_json::json;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::{VolumeInfo, check_name};
 use tidegate_driver::io::FileDisk;
+use tidegate_ublk::Status;
+use tidegate_ublk::info::block_path;
 
 use crate::cli::Attach;
 use crate::client::Client;
@@ -22,6 +25,8 @@ const RETRY: Duration = Duration::from_secs(60);
 /// The same for `detach --force`, which knows what to do then.
 const RETRY_FORCED: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
+/// How long a server may take to listen after its device is live.
+const SOCKETLESS: Duration = Duration::from_secs(5);
 /// How often stage and backing are looked for.
 const WAIT_LOOK: Duration = Duration::from_millis(500);
 
@@ -211,6 +216,10 @@ pub fn ask_or_start(registry: &Registry, entry: &Entry, request: &Request) -> Re
                 None if Instant::now() >= give_up => return client.ask(request.clone()),
                 None => asked = true,
             }
+        } else if begun.elapsed() > SOCKETLESS
+            && let Some(served) = served_without_socket(entry, request)
+        {
+            return Ok(served);
         } else if let Some(started) = &mut child {
             let ended = started.try_wait().map_err(|e| Error::io("cannot watch the supervisor", e))?;
             if let Some(status) = ended {
@@ -246,6 +255,14 @@ pub fn ask_or_start(registry: &Registry, entry: &Entry, request: &Request) -> Re
     }
 }
 
+/// The answer of a server that has taken the device over and cannot be asked, for nothing can be written where its socket
+/// should be.
+fn served_without_socket(entry: &Entry, request: &Request) -> Option<Reply> {
+    let Request::Attach { .. } = request else { return None };
+    let (device_id, status) = engine::device_of(entry.volume_uuid).ok()??;
+    (status == Status::Live).then(|| Reply::Device(block_path(device_id).display().to_string()))
+}
+
 fn is_detach(request: &Request) -> bool {
     matches!(request, Request::Detach { .. })
 }
@@ -263,8 +280,17 @@ fn start_failure(dir: &StageDir) -> Error {
 fn spawn_supervisor(registry: &Registry, entry: &Entry) -> Result<Child> {
     let dir = registry.stage_dir(entry.stage_uuid);
     dir.make()?;
-    let log = server::open_log(&dir)?;
-    let err = log.try_clone().map_err(|e| Error::io("cannot share the server's log", e))?;
+    let share = |log: File| log.try_clone().map(|other| (log, other));
+    let log = server::open_log(&dir)
+        .and_then(|log| share(log).map_err(|e| Error::io("cannot share the server's log", e)));
+    // Where no log can be written clients may wait for a server all the same.
+    let (out, err) = match log {
+        Ok((out, err)) => (Stdio::from(out), Stdio::from(err)),
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "tidegate: note: there will be no log: {}", e.report());
+            (Stdio::null(), Stdio::null())
+        }
+    };
     let mut command = Command::new(crate::paths::own_executable());
     command
         .arg0("tidegate")
@@ -275,7 +301,7 @@ fn spawn_supervisor(registry: &Registry, entry: &Entry) -> Result<Child> {
     command
         .current_dir("/")
         .stdin(Stdio::null())
-        .stdout(log)
+        .stdout(out)
         .stderr(err)
         .spawn()
         .map_err(|e| Error::io("cannot start the supervisor", e))
