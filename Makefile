@@ -47,7 +47,13 @@ doc:
 install: tools-release
 	install -D -m 0755 target/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
 	install -D -m 0644 tools/packaging/tidegate@.service $(DESTDIR)/usr/lib/systemd/system/tidegate@.service
-	install -D -m 0644 tools/packaging/90-tidegate.rules $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
+	install -d $(DESTDIR)/usr/lib/udev/rules.d
+	sed 's|/usr/local/sbin/tidegate|$(PREFIX)/sbin/tidegate|' tools/packaging/90-tidegate.rules \
+		> $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
+	chmod 0644 $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
 	install -D -m 0644 tools/packaging/tidegate.conf $(DESTDIR)/usr/lib/modules-load.d/tidegate.conf
 	install -d $(DESTDIR)/usr/share/bash-completion/completions
 	target/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate
+	@# On this machine, and not into a package: have what runs read what is new.
+	if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	if [ -z "$(DESTDIR)" ] && command -v udevadm > /dev/null; then udevadm control --reload || true; fi

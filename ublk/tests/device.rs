@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tidegate_driver::base::ErrorKind;
-use tidegate_ublk::{Status, ctrl::Control, delete, list, state, sys};
+use tidegate_ublk::{Status, ctrl::Control, delete, list, size_bytes, state, sys};
 
 type Test = (&'static str, fn());
 
@@ -478,8 +478,8 @@ fn only_the_owner_recovers() {
     let server = Server::start(&base);
     let number = server.id.to_string();
     let found = state(server.id).unwrap();
-    assert_eq!((found.status, found.identity, found.size_bytes), (Status::Live, 0x7469_6465, 64 << 20));
-    assert_eq!(found.server_pid, Some(server.child.id()));
+    assert_eq!((found.status, found.server_pid), (Status::Live, Some(server.child.id())));
+    assert_eq!((found.identity, size_bytes(server.id).unwrap()), (0x7469_6465, 64 << 20));
     assert_eq!(delete(server.id).unwrap_err().kind(), ErrorKind::Busy);
     assert_eq!(list().unwrap(), [server.id]);
     let id = server.kill();
@@ -588,7 +588,7 @@ fn it_grows_while_live() {
         let number = id.to_string();
         let args = ["--file", data.arg(), "--size-mib", "128", "--recover", &number];
         let server = Server::start(&args);
-        assert_eq!(state(id).unwrap().size_bytes, 128 << 20);
+        assert_eq!(size_bytes(id).unwrap(), 128 << 20);
         server.stop();
     } else {
         assert!(answer.starts_with("error Unsupported"), "{answer}");
