@@ -25,15 +25,16 @@ ci: lint test
 sim:
 	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
 
-# Random input to every decoder.
+# Fuzzers for every decoder, FUZZ_SECONDS each; what they find that is new goes to target/fuzz.
 fuzz:
-	PROPTEST_CASES=200000 $(CARGO) test --release -p tidegate-driver --lib format::tests::decoders_never_panic
+	tests/fuzz/run $(FUZZ_SECONDS)
 
 bench:
 	benches/run
 
 lint:
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 

@@ -150,7 +150,8 @@ impl Place {
         std::fs::create_dir_all(&place.dir).map_err(io)?;
         let files = [self.dir.join("stage"), self.dir.join("backing")];
         // The backing is nearly all hole.
-        let status = std::process::Command::new("cp").arg("--sparse=always").args(files).arg(&place.dir).status();
+        let status =
+            std::process::Command::new("cp").arg("--sparse=always").args(files).arg(&place.dir).status();
         match status.map_err(io)?.success() {
             true => Ok(place),
             false => Err(Error::new(ErrorKind::Io, "cannot copy the files")),

@@ -60,5 +60,7 @@ pub fn salt_of(structure: &[u8], stage_salt: u64) -> Option<u64> {
     if structure.len() < 16 {
         return None;
     }
-    [0, stage_salt].into_iter().find(|salt| structure[..8] == crc64_salted(*salt, &structure[8..]).to_le_bytes())
+    [0, stage_salt]
+        .into_iter()
+        .find(|salt| structure[..8] == crc64_salted(*salt, &structure[8..]).to_le_bytes())
 }

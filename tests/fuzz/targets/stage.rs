@@ -29,12 +29,8 @@ static SAMPLE: LazyLock<Sample> = LazyLock::new(|| {
     let live = stage.live.iter().map(|r| r.start as usize..r.end as usize);
     let structures = live.map(|r| (r.clone(), salt_of(&bytes[r], salt))).collect();
     let backings = [1, 2].map(|id| stage.backing(id, Lsn(4)).bytes());
-    let environment = Environment {
-        boot_id: uuid::Uuid::from_u128(1),
-        arena_id: 99,
-        accept_loss: false,
-        forget: None,
-    };
+    let environment =
+        Environment { boot_id: uuid::Uuid::from_u128(1), arena_id: 99, accept_loss: false, forget: None };
     Sample { bytes, structures, backings, environment }
 });
 
