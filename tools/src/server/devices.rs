@@ -164,14 +164,20 @@ impl Server {
         }
     }
 
-    /// Attaches a volume; the path of its device. One that is there already is as good.
+    /// Attaches a volume; the path of its device. One that came through a crash is there already: that is no error once.
     pub fn attach(&self, name: &str) -> Result<String> {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         self.forget_ended();
         if let Some(device) = self.attached.lock().get_mut(name) {
-            device.recovered = false;
-            return Ok(device.path.display().to_string());
+            let path = device.path.display().to_string();
+            if std::mem::take(&mut device.recovered) {
+                return Ok(path);
+            }
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("volume '{name}' is attached already, as {path}"),
+            ));
         }
         let path = self.start(&volume)?;
         if let Some(device) = self.attached.lock().get_mut(name) {
