@@ -6,7 +6,7 @@ SEEDS ?= 2000
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 
-.PHONY: run test ci sim fuzz bench lint fmt doc install tools-release
+.PHONY: run test ci sim fuzz coverage bench lint fmt doc install tools-release
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
@@ -28,6 +28,10 @@ sim:
 # Fuzzers for every decoder, FUZZ_SECONDS each; what they find that is new goes to target/fuzz.
 fuzz:
 	tests/fuzz/run $(FUZZ_SECONDS)
+
+# Which lines of the engine the tests reach.
+coverage:
+	tests/coverage
 
 bench:
 	benches/run
