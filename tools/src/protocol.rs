@@ -209,6 +209,8 @@ pub fn answer_of(result: Result<Reply>) -> AnswerEnvelope {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -239,5 +241,36 @@ mod tests {
     fn long_lines_do_not_fill_the_memory() {
         let endless = std::io::Read::take(std::io::repeat(b'x'), LINE_BYTES_MAX * 2);
         assert!(receive(&mut std::io::BufReader::new(endless)).is_err());
+    }
+
+    /// A line that was cut, or in which somebody changed a few bytes.
+    fn spoiled() -> impl Strategy<Value = String> {
+        let whole = [
+            r#"{"version":1,"request":{"detach":{"volume":"v","flush":true}}}"#,
+            r#"{"version":1,"request":{"add-volume":{"name":"v","backing":"/b","size_bytes":4096,"block_bytes":512}}}"#,
+            r#"{"version":1,"request":"status"}"#,
+        ];
+        let edits = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6);
+        (prop::sample::select(whole.to_vec()), edits, any::<prop::sample::Index>()).prop_map(
+            |(text, edits, cut)| {
+                let mut bytes = text.as_bytes().to_vec();
+                for (at, byte) in edits {
+                    let at = at.index(bytes.len());
+                    bytes[at] = byte;
+                }
+                bytes.truncate(cut.index(bytes.len() * 4));
+                String::from_utf8_lossy(&bytes).into_owned()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_is_too_strange(line in prop_oneof![spoiled(), ".*"]) {
+            if let Err(e) = parse_request(&line) {
+                prop_assert!(matches!(e.kind(), ErrorKind::Invalid | ErrorKind::Unsupported));
+            }
+            let _ = serde_json::from_str::<AnswerEnvelope>(&line);
+        }
     }
 }

@@ -138,4 +138,11 @@ mod tests {
             assert_eq!(human(bytes), text);
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_a_size_or_refused(text in proptest::prelude::prop_oneof!["[0-9]{0,24} ?[kKmMgGtTpPeE]?(iB|B)?", ".*"]) {
+            let _ = text.parse::<Size>();
+        }
+    }
 }

@@ -176,4 +176,11 @@ mod tests {
         let root = File::open("/").unwrap();
         assert_eq!(fs::read(below(&root, &dir.path().join("disk"))).unwrap(), b"x");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_mount_table_is_read(table in proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..200)) {
+            let _ = mount_points(&table);
+        }
+    }
 }
