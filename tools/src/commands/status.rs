@@ -167,6 +167,14 @@ impl Known {
         })
     }
 
+    fn noted_server_is_gone(&self) -> bool {
+        self.runtime.as_ref().is_some_and(|r| {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", r.server_pid));
+            // Or waits to be buried.
+            stat.map_or(true, |stat| stat.contains(") Z ") || stat.contains(") X "))
+        })
+    }
+
     /// The device of a volume that has no server to ask. The kernel knows whether there is one; where it cannot be asked,
     /// what the last server noted has to do.
     fn left(&self, entry: &Entry) -> Option<Left> {
@@ -176,8 +184,10 @@ impl Known {
         };
         match engine::device_of(entry.volume_uuid) {
             Ok(None | Some((_, DeviceStatus::Dead))) => None,
-            // Somebody serves it whose socket is not there.
-            Ok(Some((device_id, DeviceStatus::Live))) => Some(Left { device_id, state: State::NotAnswering }),
+            // Somebody serves it whose socket is not there. The kernel takes a moment to notice that a server is gone.
+            Ok(Some((device_id, DeviceStatus::Live))) if !self.noted_server_is_gone() => {
+                Some(Left { device_id, state: State::NotAnswering })
+            }
             Ok(Some((device_id, _))) => Some(Left { device_id, state }),
             Err(_) => {
                 let mut noted = self.runtime.as_ref()?.devices.iter();
