@@ -43,8 +43,20 @@ fn make_in(dir: &Path, name: &str, device_id: u32) -> io::Result<()> {
     // Replaced in one step: a dead server's link, or one of a volume of this name under another state directory.
     let temporary = dir.join(format!(".{name}.{}", std::process::id()));
     let _ = fs::remove_file(&temporary);
+    remove_others(dir, &target)?;
     symlink(&target, &temporary)?;
     fs::rename(&temporary, &link)
+}
+
+/// Removes links of other volumes that lead to `target`: their device is gone, and the number is given out anew.
+fn remove_others(dir: &Path, target: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if fs::read_link(&path).is_ok_and(|there| there == target) {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes the link if it leads to this device.
@@ -95,6 +107,11 @@ mod tests {
         assert_eq!(fs::read_link(dir.join("db")).unwrap(), Path::new("../ublkb3"));
         make_in(&dir, "db", 4).unwrap();
         remove_in(&dir, "db", 3);
+        // The server of `old` was killed and its device removed by others; the number is that of another volume now.
+        make_in(&dir, "old", 7).unwrap();
+        make_in(&dir, "new", 7).unwrap();
+        assert!(!dir.join("old").is_symlink(), "nobody finds another volume's device by this name");
+        remove_in(&dir, "new", 7);
         assert_eq!(fs::read_link(dir.join("db")).unwrap(), Path::new("../ublkb4"));
         remove_in(&dir, "db", 4);
         assert!(!dir.exists(), "nothing is left");

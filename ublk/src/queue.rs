@@ -426,6 +426,8 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
                 }
             }
             if io.completed >= TELL_EVERY {
+                // Telling the kernel brings new requests, so a round may have no end: what waits for one gets its turn here.
+                door.batch_end(io);
                 io.completed = 0;
                 io.reactor.submit_and_wait(Some(Duration::ZERO))?;
             }

@@ -241,7 +241,8 @@ impl Engine {
         let mut next = Superblock { sequence: before.sequence + 1, ..before.clone() };
         change(&mut next);
         let undo = Superblock { sequence: before.sequence + 2, ..before };
-        SuperblockUpdate { stage: self.stage.clone(), next, undo }
+        let log_fails = self.shared.core.lock().log_has_failed();
+        SuperblockUpdate { stage: self.stage.clone(), log_fails, next, undo }
     }
 
     /// Flushes everything that was accepted before the call to the backings. Blocks. Fails if a device does; what is
@@ -395,6 +396,8 @@ impl Engine {
 /// A change of the superblock, and how to take it back.
 struct SuperblockUpdate {
     stage: Arc<FileDisk>,
+    /// The stage is known to fail: nothing is begun.
+    log_fails: bool,
     next: Superblock,
     undo: Superblock,
 }
@@ -404,6 +407,10 @@ impl SuperblockUpdate {
     /// the old content is written over them. If even that is impossible nobody knows which one holds: the process ends, and
     /// the next opening finds out.
     fn write(&self) -> Result<()> {
+        if self.log_fails {
+            let what = format!("{} cannot be written just now: repair it, then try again", self.stage.name());
+            return Err(Error::new(ErrorKind::Io, what));
+        }
         let Err(error) = superblocks::write(&*self.stage, &self.next) else { return Ok(()) };
         if let Err(again) = superblocks::write(&*self.stage, &self.undo) {
             tracing::error!(

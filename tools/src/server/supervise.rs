@@ -101,10 +101,10 @@ fn was_serving(dir: &StageDir, pid: u32) -> bool {
 }
 
 fn device_waits(registry: &Registry, stage: Uuid) -> bool {
-    let entries = registry.entries().unwrap_or_default();
+    // What cannot be read or looked at may well be there.
+    let Ok(entries) = registry.entries() else { return true };
     entries.iter().filter(|e| e.stage_uuid == stage).any(|e| {
         let device = engine::device_of(e.volume_uuid);
-        // One that cannot be looked at may well be there.
         device.map_or(true, |found| found.is_some_and(|(_, status)| status != Status::Dead))
     })
 }

@@ -154,6 +154,8 @@ impl BackgroundThread<'_> {
         if self.changes.is_empty() || self.background.is_flushing() {
             return false;
         }
+        // A change takes its time; a log write that is queued must not wait for it. What fails here fails again below.
+        let _ = self.reactor.submit_and_wait(Some(Duration::ZERO));
         for (volume, change) in self.changes.drain(..) {
             if let Some(target) = self.background.target_mut(volume) {
                 change(target);

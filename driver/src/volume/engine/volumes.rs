@@ -71,13 +71,13 @@ impl Engine {
     /// Removes a volume that has no open door, after flushing it. Its backing keeps its data and loses its label.
     /// Durable when it returns.
     pub fn remove_volume(&self, volume: VolumeId) -> Result<()> {
+        self.drain()?;
+        let _one = self.changing.lock();
         let (info, backing) = {
             let volumes = self.volumes.read();
             let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
             (found.info.clone(), found.backing.clone())
         };
-        self.drain()?;
-        let _one = self.changing.lock();
         {
             let mut volumes = self.volumes.write();
             let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
