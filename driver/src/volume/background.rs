@@ -114,12 +114,24 @@ impl Background {
         checkpoint: Checkpoint,
         arena_reused: bool,
     ) -> Background {
+        Background::with_pool(shared, targets, checkpoint, arena_reused, flush_pool())
+    }
+
+    /// [`Background::new`] with buffers of the caller's. With fewer than a full pool flushing allocates, as simulations may.
+    #[must_use]
+    pub fn with_pool(
+        shared: Arc<Shared>,
+        targets: BTreeMap<VolumeId, FlushTarget>,
+        checkpoint: Checkpoint,
+        arena_reused: bool,
+        pool: Vec<AlignedBuf>,
+    ) -> Background {
         let status = BackgroundStatus { checkpoint_lsn: checkpoint.lsn, ..BackgroundStatus::default() };
         Background {
             shared,
             targets,
             unsettled: Vec::new(),
-            pool: flush_pool(),
+            pool,
             checkpoint,
             epoch: None,
             sealing: None,

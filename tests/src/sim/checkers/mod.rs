@@ -1,0 +1,14 @@
+//! The checkers, one promise a file, each far simpler than what it checks. They share the list of changes
+//! ([`super::model`]).
+//!
+//! | module | holds |
+//! |---|---|
+//! | `prefix` | P1: what comes back is a prefix, and all that was promised is in it; order between volumes follows |
+//! | `reads` | read your writes: every byte read is one that the log held at some place the reader may see |
+//! | `answers` | every request is answered once, with an answer it may get; what the answer promises |
+//! | `liveness` | something can always happen while a request waits; nothing spins |
+
+pub mod answers;
+pub mod liveness;
+pub mod prefix;
+pub mod reads;
