@@ -22,6 +22,7 @@
 use std::collections::BTreeMap;
 
 use super::plan::{Plan, Run, RunKind};
+use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{PATCH_OFFSET, checkpoint_offset};
@@ -229,6 +230,9 @@ impl EpochRun {
         };
         let target = io.targets.get_mut(&volume);
         match (flight.kind, target) {
+            (OpKind::Sync, _) if is(Mutation::FailedSyncCountsAsSync) => {}
+            (OpKind::WriteZeroes, Some(_))
+                if is(Mutation::ZeroesAreDropped) && errno == Errno::EOPNOTSUPP => {}
             // A device that cannot discard keeps the old bytes, as the client allowed.
             (OpKind::Discard, Some(target)) if errno == Errno::EOPNOTSUPP => target.discards = false,
             (OpKind::WriteZeroes, Some(target)) if errno == Errno::EOPNOTSUPP => {
@@ -269,9 +273,17 @@ impl EpochRun {
                 self.apply_patches(io.arena);
                 Phase::PatchLog
             }
+            Phase::PatchLog if is(Mutation::HalfWrittenPatchesAreForgotten) => Phase::PatchWrite,
             Phase::PatchLog => {
                 io.unsettled.clone_from(&self.images);
                 Phase::PatchWrite
+            }
+            Phase::PatchWrite
+                if is(Mutation::PatchZoneReusedBeforeSync)
+                    && self.batch_start + self.images.len() < self.patches.len() =>
+            {
+                self.batch_start += self.images.len();
+                self.begin_batch()
             }
             Phase::PatchWrite if self.batch_start + self.images.len() < self.patches.len() => {
                 Phase::PatchSync
@@ -288,7 +300,7 @@ impl EpochRun {
                 // The labels are durable: from now on the checkpoint may rely on them, so the next go to the other slot.
                 for (volume, _) in &self.plans {
                     if let Some(target) = io.targets.get_mut(volume) {
-                        target.label.sequence += 1;
+                        target.label.sequence += 1 + u64::from(is(Mutation::LabelsShareOneSlot));
                         target.label.flushed_lsn = target.attempted;
                     }
                 }
@@ -456,11 +468,12 @@ impl EpochRun {
             })
             .map(|(_, image)| image.clone())
             .collect();
-        if needed.is_empty() {
+        if needed.is_empty() || is(Mutation::PatchLogIsSkipped) {
             return false;
         }
         let zone = encode_patches(&needed, self.epoch.to, self.salt);
-        self.write(Target::Stage, OpKind::WriteDurable, PATCH_OFFSET, zone, submit);
+        let kind = if is(Mutation::PatchLogIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable };
+        self.write(Target::Stage, kind, PATCH_OFFSET, zone, submit);
         true
     }
 
@@ -481,6 +494,9 @@ impl EpochRun {
 
     fn submit_label(&mut self, io: &mut EpochIo<'_>, submit: &mut dyn FnMut(Op)) -> bool {
         let Some((volume, _)) = self.plans.get(self.cursor) else { return false };
+        if is(Mutation::LabelIsNotWritten) {
+            return false;
+        }
         self.cursor += 1;
         let volume = *volume;
         let target = io.targets.get_mut(&volume).expect("a planned volume has a target");
@@ -503,7 +519,14 @@ impl EpochRun {
             _ => io.unsettled.iter().map(|image| image.volume).collect(),
         };
         volumes.dedup();
-        let Some(&volume) = volumes.get(self.cursor) else { return false };
+        if self.phase == Phase::Sync && is(Mutation::EpochSyncIsSkipped) {
+            return false;
+        }
+        if self.phase == Phase::Sync && is(Mutation::CheckpointBeforeSync) && self.cursor == 0 {
+            return self.submit_checkpoint(submit);
+        }
+        let before = usize::from(self.phase == Phase::Sync && is(Mutation::CheckpointBeforeSync));
+        let Some(&volume) = volumes.get(self.cursor - before) else { return false };
         self.cursor += 1;
         let target = Target::Backing(volume);
         let token = self.token();
@@ -519,7 +542,8 @@ impl EpochRun {
         self.cursor = 1;
         let buf = AlignedBuf::from_slice(self.checkpoint.encode(self.salt).as_bytes());
         let offset = checkpoint_offset(self.checkpoint.slot());
-        self.write(Target::Stage, OpKind::WriteDurable, offset, buf, submit);
+        let kind = if is(Mutation::CheckpointIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable };
+        self.write(Target::Stage, kind, offset, buf, submit);
         true
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::shared::{Clock, LOG_TOKEN, Shared};
 use crate::base::checksum::crc64;
+use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, VolumeId};
 use crate::flush::epoch::{
     Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
@@ -50,7 +51,7 @@ struct BackOff {
 impl BackOff {
     fn failed(&mut self, now_ns: u64, (first, longest): (u64, u64)) {
         self.pause_ns = (self.pause_ns * 2).clamp(first, longest);
-        self.until_ns = now_ns + self.pause_ns;
+        self.until_ns = now_ns + if is(Mutation::RetriesDoNotPause) { 0 } else { self.pause_ns };
     }
 }
 
@@ -303,7 +304,7 @@ impl Background {
                 self.status.memory_problem = Some(error.report());
                 return;
             }
-            if self.arena_reused && self.is_whole(&region) {
+            if self.arena_reused && (is(Mutation::ArenaIsTrusted) || self.is_whole(&region)) {
                 self.loaded(&region);
                 continue;
             }
@@ -482,7 +483,10 @@ impl Background {
         let plans = self.plan(&epoch, &regions);
         let time_ns = self.shared.clock.unix_ns();
         let volumes = plans.iter().map(|(volume, _)| *volume);
-        let checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        let mut checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        if is(Mutation::CheckpointTooHigh) {
+            checkpoint.lsn = self.shared.core.lock().durable();
+        }
         let rules = &self.shared.rules;
         self.epoch =
             Some(EpochRun::new(epoch, checkpoint, plans, rules.salt, self.shared.geometry.patch_bytes));
@@ -520,8 +524,10 @@ impl Background {
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
-        self.status.backing_problem = None;
-        self.status.stage_problem = None;
+        if !is(Mutation::ErrorStaysInStatus) {
+            self.status.backing_problem = None;
+            self.status.stage_problem = None;
+        }
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
         let head = self.checkpoint.head.seq;
@@ -538,7 +544,9 @@ impl Background {
         match target {
             Target::Backing(volume) => {
                 self.status.backing_errors += 1;
-                self.status.backing_problem = Some((volume, errno.to_string()));
+                if !is(Mutation::BackingErrorIsHidden) {
+                    self.status.backing_problem = Some((volume, errno.to_string()));
+                }
             }
             Target::Stage => {
                 self.status.stage_errors += 1;
