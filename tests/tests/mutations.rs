@@ -22,7 +22,7 @@ struct Hit {
 
 fn short(what: &str) -> String {
     let line = what.lines().next().unwrap_or_default().replace('|', "/");
-    line.chars().take(150).collect()
+    line.chars().take(std::env::var("TIDEGATE_LONG").map_or(150, |_| 3000)).collect()
 }
 
 #[test]

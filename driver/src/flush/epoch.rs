@@ -17,7 +17,8 @@
 //! | Checkpoint | slot on the stage, durable | only now may regions be reclaimed |
 //!
 //! Any error ends the attempt once nothing is in flight; the next attempt does everything again (all of it is
-//! idempotent), so a failed sync is never taken for a success by repeating only the sync.
+//! idempotent), so a failed sync is never taken for a success by repeating only the sync. One exception: after a failed
+//! checkpoint write only that is repeated. It may be on the device, so the log may not cover the blocks any more.
 
 use std::collections::BTreeMap;
 
@@ -169,6 +170,21 @@ impl EpochRun {
             failed: None,
             written_bytes: 0,
         }
+    }
+
+    /// Whether everything is durable but the checkpoint, whose write failed. Such an attempt must not be made again from the
+    /// start: the failed write may be on the device all the same, and then the log no longer covers the blocks that would be
+    /// written again.
+    #[must_use]
+    pub fn only_checkpoint_failed(&self) -> bool {
+        self.phase == Phase::Checkpoint && self.failed.is_some()
+    }
+
+    /// Goes on after [`EpochRun::only_checkpoint_failed`]: writes the checkpoint again.
+    pub fn resume(&mut self) {
+        assert!(self.only_checkpoint_failed() && self.in_flight.is_empty());
+        self.failed = None;
+        self.cursor = 0;
     }
 
     /// The checkpoint this attempt writes.

@@ -88,6 +88,8 @@ pub struct Background {
     pool: Vec<AlignedBuf>,
     checkpoint: Checkpoint,
     epoch: Option<EpochRun>,
+    /// An epoch that lacks nothing but its checkpoint, whose write failed.
+    unfinished: Option<EpochRun>,
     sealing: Option<RegionState>,
     loading: Option<RegionState>,
     /// Whether the arena came from the previous server, so that cold regions may be whole in it.
@@ -135,6 +137,7 @@ impl Background {
             pool,
             checkpoint,
             epoch: None,
+            unfinished: None,
             sealing: None,
             loading: None,
             arena_reused,
@@ -449,6 +452,11 @@ impl Background {
     }
 
     fn begin_epoch(&mut self, now_ns: u64) {
+        if let Some(mut run) = self.unfinished.take() {
+            run.resume();
+            self.epoch = Some(run);
+            return;
+        }
         let (epoch, regions, head) = {
             let mut core = self.shared.core.lock();
             if core.is_damaged() && core.cold_regions() > 0 {
@@ -539,7 +547,10 @@ impl Background {
     }
 
     fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {
-        self.epoch = None;
+        self.unfinished = self
+            .epoch
+            .take()
+            .filter(|run| run.only_checkpoint_failed() && !is(Mutation::FailedCheckpointRepeatsTheEpoch));
         self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
         match target {
             Target::Backing(volume) => {

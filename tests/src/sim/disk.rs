@@ -60,6 +60,8 @@ pub struct Control {
     pub faults: Faults,
     /// Faults injected so far.
     pub faults_injected: u64,
+    /// Sectors that a power cut found unflushed, and of them those that kept nothing, got parts, or garbage.
+    pub sectors: [u64; 4],
     /// Hash of everything that happened.
     pub trace: u64,
     /// Lines for people, if wanted.
@@ -91,18 +93,30 @@ pub fn lock(ctl: &Ctl) -> MutexGuard<'_, Control> {
     ctl.lock().expect("no other thread panicked with it")
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Version {
     at: u64,
     bytes: Vec<u8>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct State {
     persistent: Vec<u8>,
     visible: Vec<u8>,
     unflushed: BTreeMap<u64, Vec<Version>>,
     clock: u64,
+}
+
+/// A disk's state, to be put back.
+#[derive(Clone, Debug)]
+pub struct Saved(State);
+
+impl Saved {
+    /// What a reader saw then in a range.
+    #[must_use]
+    pub fn visible(&self, offset: u64, len: usize) -> &[u8] {
+        &self.0.visible[offset as usize..][..len]
+    }
 }
 
 /// What becomes of dirty data when a sync fails.
@@ -168,6 +182,39 @@ impl SimDisk {
         self.state().persistent[offset as usize..][..len].to_vec()
     }
 
+    /// Keeps its state.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        Saved(self.state().clone())
+    }
+
+    /// Puts a state back: its own, or that of another disk that takes its place.
+    pub fn put_back(&self, saved: &Saved) {
+        *self.state() = saved.0.clone();
+    }
+
+    /// Whether readers see what they saw then.
+    #[must_use]
+    pub fn is_as(&self, saved: &Saved) -> bool {
+        self.state().visible == saved.0.visible
+    }
+
+    /// Changes what is on the medium behind everybody's back.
+    pub fn damage(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.state();
+        state.visible[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        state.persistent[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Cuts the end off.
+    pub fn shrink(&self, bytes: u64) {
+        let mut state = self.state();
+        let len = state.visible.len() - bytes as usize;
+        state.visible.truncate(len);
+        state.persistent.truncate(len);
+        state.unflushed.retain(|&at, _| (at + 1) * u64::from(self.sector) <= len as u64);
+    }
+
     /// Panics unless direct I/O would accept the range.
     pub fn check_aligned(&self, offset: u64, len: u64) {
         let sector = u64::from(self.sector);
@@ -201,9 +248,14 @@ impl SimDisk {
 
     /// Carries out a write that fails: some sectors of it.
     pub fn apply_failed(&self, offset: u64, data: &[u8], rng: &mut Rng) {
-        match rng.below(3) {
+        match rng.below(4) {
             0 => {}
             1 => self.apply(offset, data),
+            2 => {
+                // A short transfer: the first sectors only.
+                let sectors = rng.below(data.len() as u64 / u64::from(self.sector));
+                self.apply(offset, &data[..(sectors * u64::from(self.sector)) as usize]);
+            }
             _ => {
                 // Sectors stay, are written, or get one half: bytes that did not change stay what they were.
                 let mut torn = self.visible(offset, data.len());
@@ -288,10 +340,12 @@ impl SimDisk {
                 versions.entry(offset / sector as u64 + i as u64).or_default().push(bytes.to_vec());
             }
         }
+        let mut counts = [versions.len() as u64, 0, 0, 0];
         for (at, candidates) in versions {
             let from = at as usize * sector;
             let kept = &mut state.persistent[from..from + sector];
             if rng.chance(lost) {
+                counts[1] += 1;
                 continue;
             }
             // The newest is the likeliest, but any may have reached the medium last.
@@ -304,6 +358,7 @@ impl SimDisk {
                 &candidates[index]
             };
             if rng.chance(torn) {
+                counts[2] += 1;
                 let (head, tail) = (choose(rng).clone(), choose(rng).clone());
                 match rng.below(3) {
                     0 => kept[..sector / 2].copy_from_slice(&head[..sector / 2]),
@@ -314,6 +369,7 @@ impl SimDisk {
                     }
                 }
             } else if rng.chance(garbage) {
+                counts[3] += 1;
                 rng.fill(kept);
             } else {
                 kept.copy_from_slice(choose(rng));
@@ -321,6 +377,8 @@ impl SimDisk {
         }
         state.unflushed.clear();
         state.visible.copy_from_slice(&state.persistent);
+        let mut ctl = lock(&self.ctl);
+        (0..4).for_each(|i| ctl.sectors[i] += counts[i]);
     }
 
     /// Counts a blocking call as a step. `Err`: it does not happen.

@@ -10,6 +10,7 @@
 //! | `model` | the list of accepted changes |
 //! | `checkers` | what that list and the promises demand, one promise a file |
 //! | `running` | one server's life: doors, background, operations in flight |
+//! | `setup` | a story's disks, stage and volumes |
 //! | `world` | a seed's story: servers that die in turn, and the checks between them |
 //! | `report` | what a story tells: numbers, or what broke |
 //!
@@ -25,6 +26,7 @@ pub mod model;
 pub mod report;
 pub mod rng;
 pub mod running;
+pub mod setup;
 pub mod site;
 pub mod world;
 

@@ -111,6 +111,19 @@ impl Model {
         self.changes.keys().next_back().copied().unwrap_or(self.base)
     }
 
+    /// `volume` has grown to `size_bytes`: what is in the added space is not known.
+    pub fn grow(&mut self, volume: usize, size_bytes: u64) {
+        let content = &mut self.volumes[volume].content;
+        assert!(content.len() as u64 <= size_bytes, "volumes do not shrink");
+        content.resize(size_bytes as usize, None);
+    }
+
+    /// The position in the order that is settled for ever.
+    #[must_use]
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
     /// Size of `volume`.
     #[must_use]
     pub fn size(&self, volume: usize) -> u64 {

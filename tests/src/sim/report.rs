@@ -62,6 +62,22 @@ pub struct Report {
     pub closes: u64,
     /// Records that only the arena held.
     pub from_arena: u64,
+    /// Recoveries that brought back records from the log.
+    pub by_log: u64,
+    /// Recoveries that brought back records from the arena.
+    pub by_arena: u64,
+    /// Sectors that a power cut found unflushed, and of them those lost, torn and turned to garbage.
+    pub sectors: [u64; 4],
+    /// Openings of damaged, old or wrong devices that were refused.
+    pub probes_refused: u64,
+    /// Those that were survived.
+    pub probes_survived: u64,
+    /// Openings with a damaged arena that ended below what was acknowledged in memory.
+    pub arena_shorter: u64,
+    /// Volumes grown.
+    pub resizes: u64,
+    /// Doors closed and opened again.
+    pub reattaches: u64,
     /// Patch images restored.
     pub patches: u64,
     /// Torn groups given up.
@@ -89,6 +105,14 @@ impl Report {
         self.crashes_in_recovery += other.crashes_in_recovery;
         self.closes += other.closes;
         self.from_arena += other.from_arena;
+        self.by_log += other.by_log;
+        self.by_arena += other.by_arena;
+        (0..4).for_each(|i| self.sectors[i] += other.sectors[i]);
+        self.probes_refused += other.probes_refused;
+        self.probes_survived += other.probes_survived;
+        self.arena_shorter += other.arena_shorter;
+        self.resizes += other.resizes;
+        self.reattaches += other.reattaches;
         self.patches += other.patches;
         self.torn += other.torn;
         self.tables += other.tables;

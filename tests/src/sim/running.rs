@@ -209,6 +209,21 @@ impl Running {
         self.doors.iter().enumerate().flat_map(of).collect()
     }
 
+    /// What still goes on in a life that should have ended, for people.
+    #[must_use]
+    pub fn unfinished(&self) -> String {
+        format!(
+            "requests do not come to an end: {} to be asked, {} again, in flight {:?}; background {:?}, next call {:?}, {} \
+             operations",
+            self.quota,
+            self.again.len(),
+            self.waiting(),
+            self.background.status,
+            self.deadline_ns,
+            self.flights.len()
+        )
+    }
+
     fn events(&self, now: u64) -> Vec<Event> {
         let mut events = Vec::new();
         for (i, flight) in self.flights.iter().enumerate() {
