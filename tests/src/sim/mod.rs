@@ -10,12 +10,15 @@
 //! | `model` | the list of accepted changes |
 //! | `checkers` | what that list and the promises demand, one promise a file |
 //! | `running` | one server's life: doors, background, operations in flight |
+//! | `changes` | volumes that grow, doors that close and open |
+//! | `probe` | damaged, old and wrong devices between two servers, tried on forks of the story |
 //! | `setup` | a story's disks, stage and volumes |
 //! | `world` | a seed's story: servers that die in turn, and the checks between them |
 //! | `report` | what a story tells: numbers, or what broke |
 //!
 //! The same seed gives the same story, step for step; a failure names the seed, the step and how to replay it.
 
+pub mod changes;
 pub mod checkers;
 pub mod client;
 pub mod disk;
@@ -23,6 +26,7 @@ pub mod door_io;
 pub mod flight;
 pub mod memory;
 pub mod model;
+pub mod probe;
 pub mod report;
 pub mod rng;
 pub mod running;

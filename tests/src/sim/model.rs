@@ -118,6 +118,12 @@ impl Model {
         content.resize(size_bytes as usize, None);
     }
 
+    /// What was promised beyond `lsn` is taken back: for forks in which a fault excuses that.
+    pub fn give_up(&mut self, lsn: u64) {
+        self.acknowledged = self.acknowledged.min(lsn.max(self.base));
+        self.durable = self.durable.min(lsn.max(self.base));
+    }
+
     /// The position in the order that is settled for ever.
     #[must_use]
     pub fn base(&self) -> u64 {

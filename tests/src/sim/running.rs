@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidegate_driver::base::VolumeId;
+use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::{Done, Op, OpKind, Target};
@@ -18,7 +19,9 @@ use tidegate_driver::volume::shared::{Clock, LOG_TOKEN, Shared};
 use tidegate_driver::volume::{Door, Request, RequestKind, VolumeDoor, Wake};
 
 use super::checkers::answers::judge;
+use super::checkers::bounds::Bounds;
 use super::checkers::liveness::Liveness;
+use super::checkers::status::Status;
 use super::client::Habits;
 use super::disk::{Moment, lock};
 use super::door_io::{Asked, Io};
@@ -37,6 +40,22 @@ struct SimDoor {
     gathered: bool,
     asked: BTreeMap<u32, Asked>,
     next_ns: u64,
+}
+
+impl SimDoor {
+    fn new(shared: &Arc<Shared>, of: &Arc<VolumeShared>, volume: usize, id: u32) -> SimDoor {
+        let id = DoorId(id);
+        let woken = Arc::new(Flag::default());
+        let mailbox = shared.add_door(id, woken.clone());
+        SimDoor {
+            door: VolumeDoor::new(shared.clone(), of.clone(), id, mailbox),
+            volume,
+            woken,
+            gathered: false,
+            asked: BTreeMap::new(),
+            next_ns: 0,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -59,14 +78,20 @@ pub struct Running {
     /// The superblock as it is on the stage.
     pub superblock: Superblock,
     acks: Vec<(AckLevel, OnLogError)>,
+    volumes: Vec<Arc<VolumeShared>>,
+    next_door: u32,
     /// How clients behave; `None`: they ask nothing new.
     pub habits: Option<Habits>,
     /// Requests that are to be asked again, per volume.
     pub again: Vec<Asked>,
+    /// Whether the devices are damaged, so that the server may find that.
+    pub damage_is_expected: bool,
     /// Requests still to be asked by the clients.
     pub quota: u64,
     first_region: u64,
     liveness: Liveness,
+    bounds: Bounds,
+    says: Status,
     payload_max: u64,
     had_faults: bool,
     requests: u64,
@@ -100,8 +125,10 @@ impl Running {
             opened.report.arena_used,
             Vec::new(),
         );
-        let mut all = Vec::new();
+        let mut all: Vec<SimDoor> = Vec::new();
         let mut acks = Vec::new();
+        let mut volumes = Vec::new();
+        let mut next_door = 1;
         for (volume, info) in opened.superblock.volumes.iter().enumerate() {
             acks.push((info.ack, info.on_log_error));
             let volume_shared = Arc::new(VolumeShared {
@@ -113,18 +140,10 @@ impl Running {
                 doors: Default::default(),
                 counters: Default::default(),
             });
+            volumes.push(volume_shared.clone());
             for _ in 0..doors[volume] {
-                let id = DoorId(all.len() as u32 + 1);
-                let woken = Arc::new(Flag::default());
-                let mailbox = shared.add_door(id, woken.clone());
-                all.push(SimDoor {
-                    door: VolumeDoor::new(shared.clone(), volume_shared.clone(), id, mailbox),
-                    volume,
-                    woken,
-                    gathered: false,
-                    asked: BTreeMap::new(),
-                    next_ns: 0,
-                });
+                all.push(SimDoor::new(&shared, &volume_shared, volume, next_door));
+                next_door += 1;
             }
         }
         Running {
@@ -140,8 +159,13 @@ impl Running {
             habits: None,
             again: Vec::new(),
             quota: 0,
+            damage_is_expected: false,
+            volumes,
+            next_door,
             first_region,
             liveness: Liveness::default(),
+            bounds: Bounds::default(),
+            says: Status::default(),
             had_faults: false,
             requests: 0,
         }
@@ -176,6 +200,8 @@ impl Running {
             if !events.is_empty() {
                 let event = events[lock(site.ctl).rng.below(events.len() as u64) as usize];
                 self.handle(event, now, site, model)?;
+                let of_background = self.flights.iter().filter(|f| f.owner == Owner::Background).count();
+                self.bounds.check(&self.shared.core.lock(), of_background, self.log_writes())?;
                 return Ok(true);
             }
             let Some(next) = self.next_ns() else {
@@ -288,9 +314,14 @@ impl Running {
         for op in submitted {
             self.submit(Owner::Background, op, now, site);
         }
-        if let Some(damage) = &self.background.status.damage {
+        if let Some(damage) = &self.background.status.damage
+            && !self.damage_is_expected
+        {
             return Err(Stop::Fail(format!("damage reported where there is none: {damage}")));
         }
+        let (is_flushing, log_in_flight) = (self.background.is_flushing(), self.log_writes() > 0);
+        let core = self.shared.core.lock();
+        self.says.check(&self.background.status, &core, is_flushing, log_in_flight)?;
         Ok(())
     }
 
@@ -408,6 +439,7 @@ impl Running {
             return Err(Stop::Fail(format!("memory of an operation in flight was changed: {:?}", flight.op)));
         }
         let result = execute(&mut flight, site);
+        self.says.ended(&flight, result);
         lock(site.ctl).note(
             &format!("done {:?} {:?}", flight.op.target, flight.op.kind),
             &[flight.op.offset, flight.op.len, result.err().map_or(0, |e| e.0 as u64)],
@@ -424,6 +456,48 @@ impl Running {
                 Ok(())
             }
         }
+    }
+
+    /// Closes a door of `volume` that has nothing to do, and opens another. Returns whether there was one.
+    pub fn reattach(&mut self, volume: usize) -> bool {
+        let idle = |d: &SimDoor| d.volume == volume && d.asked.is_empty() && !d.gathered && !d.door.is_busy();
+        let Some(at) = self.doors.iter().position(idle) else { return false };
+        if self.doors[at].woken.is_set() {
+            return false;
+        }
+        let next_ns = self.doors[at].next_ns;
+        self.doors[at] = SimDoor::new(&self.shared, &self.volumes[volume], volume, self.next_door);
+        self.doors[at].next_ns = next_ns;
+        self.next_door += 1;
+        true
+    }
+
+    /// Begins no new epoch while `held`.
+    pub fn hold(&mut self, held: bool) {
+        self.background.hold(held);
+        self.background_woken.wake();
+    }
+
+    /// Whether an epoch is being flushed.
+    #[must_use]
+    pub fn is_flushing(&self) -> bool {
+        self.background.is_flushing()
+    }
+
+    /// Whether the server has found damage.
+    #[must_use]
+    pub fn is_damaged(&self) -> bool {
+        self.background.status.damage.is_some()
+    }
+
+    /// The label of a volume's backing, to change.
+    pub fn label(&mut self, volume: VolumeId) -> &mut Label {
+        &mut self.background.target_mut(volume).expect("a volume in use").label
+    }
+
+    /// A volume has grown.
+    pub fn set_size(&mut self, volume: usize, size_bytes: u64) {
+        self.volumes[volume].size_bytes.store(size_bytes, Ordering::Release);
     }
 
     /// Begins to flush everything; `Running::checkpoint` tells when it is done.
@@ -444,6 +518,16 @@ impl Running {
     #[must_use]
     pub fn checkpoint(&self) -> u64 {
         self.shared.core.lock().checkpoint().0
+    }
+
+    fn log_writes(&self) -> usize {
+        self.flights.iter().filter(|f| f.op.token == LOG_TOKEN).count()
+    }
+
+    /// Everything up to here was accepted.
+    #[must_use]
+    pub fn published(&self) -> u64 {
+        self.shared.core.lock().published().0
     }
 
     /// Everything up to here is on the log.

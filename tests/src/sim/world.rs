@@ -66,6 +66,9 @@ impl World {
         };
         for life in 0..lives {
             let last = life + 1 == lives;
+            if self.options.short.is_none() && self.rng.chance(300) {
+                self.old_disks = self.saved_disks();
+            }
             let (steps, kind, moment) = self.crash_plan(life, last);
             {
                 let mut ctl = lock(&self.ctl);
@@ -78,9 +81,12 @@ impl World {
                 self.report.first_life = lock(&self.ctl).step;
             }
             match ended {
-                Ok(()) => {}
+                Ok(()) => self.last_crash = None,
                 Err(Stop::Crash) => self.crash(kind),
                 Err(Stop::Fail(what)) => return Err(what),
+            }
+            if self.options.short.is_none() && self.rng.chance(400) {
+                self.probe()?;
             }
         }
         Ok(self.report)
@@ -145,6 +151,9 @@ impl World {
             if self.options.short.is_none() && self.rng.chance(2) {
                 self.running.as_mut().expect("open").drain();
             }
+            if self.options.short.is_none() && self.rng.chance(1) {
+                self.change_volumes()?;
+            }
             if !self.tick()? && running_is_done(self.running.as_ref()) {
                 break;
             }
@@ -171,6 +180,9 @@ impl World {
         running.habits = Some(habits);
         running.quota = quota;
         self.until("every request is answered", |r| r.quota == 0 && !r.is_waiting())?;
+        if self.rng.chance(500) {
+            self.until("an idle stage is flushed", |r| r.checkpoint() >= r.published())?;
+        }
         self.drain()?;
         self.check_backings()?;
         self.verify_through_doors()?;
@@ -307,9 +319,14 @@ impl World {
     }
 
     pub(super) fn verify_through_doors(&mut self) -> Result<(), Stop> {
+        self.verify_usable(&vec![true; self.backings.len()])
+    }
+
+    /// Reads all of the volumes that are served.
+    pub(super) fn verify_usable(&mut self, usable: &[bool]) -> Result<(), Stop> {
         let running = self.running.as_mut().expect("open");
         let step = running.payload_max();
-        for volume in 0..self.backings.len() {
+        for volume in (0..self.backings.len()).filter(|&volume| usable[volume]) {
             let size = self.model.size(volume);
             for offset in (0..size).step_by(step as usize) {
                 running.read(volume, offset, step.min(size - offset));
@@ -369,6 +386,7 @@ impl World {
     }
 
     fn crash(&mut self, kind: CrashKind) {
+        self.last_crash = Some(kind);
         self.report.crashes[kind as usize] += 1;
         self.report.crashes_in_recovery += u64::from(self.running.is_none());
         {
