@@ -60,6 +60,8 @@ pub struct Control {
     pub faults: Faults,
     /// Faults injected so far.
     pub faults_injected: u64,
+    /// Sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
+    pub subset: Option<u64>,
     /// Sectors that a power cut found unflushed, and of them those that kept nothing, got parts, or garbage.
     pub sectors: [u64; 4],
     /// Hash of everything that happened.
@@ -344,6 +346,15 @@ impl SimDisk {
         for (at, candidates) in versions {
             let from = at as usize * sector;
             let kept = &mut state.persistent[from..from + sector];
+            if let Some(subset) = &mut lock(&self.ctl).subset {
+                if *subset & 1 == 1 {
+                    kept.copy_from_slice(candidates.last().expect("a version"));
+                } else {
+                    counts[1] += 1;
+                }
+                *subset >>= 1;
+                continue;
+            }
             if rng.chance(lost) {
                 counts[1] += 1;
                 continue;

@@ -13,6 +13,8 @@
 //! | `changes` | volumes that grow, doors that close and open |
 //! | `probe` | damaged, old and wrong devices between two servers, tried on forks of the story |
 //! | `setup` | a story's disks, stage and volumes |
+//! | `script` | chosen requests, for stories that try everything within bounds |
+//! | `runner` | many stories on several threads |
 //! | `world` | a seed's story: servers that die in turn, and the checks between them |
 //! | `report` | what a story tells: numbers, or what broke |
 //!
@@ -29,7 +31,9 @@ pub mod model;
 pub mod probe;
 pub mod report;
 pub mod rng;
+pub mod runner;
 pub mod running;
+pub mod script;
 pub mod setup;
 pub mod site;
 pub mod world;

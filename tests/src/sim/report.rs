@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::script::Script;
+
 /// How a server ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CrashKind {
@@ -31,6 +33,10 @@ pub struct Options {
     pub seed: u64,
     /// A short story with this crash in it, instead of a long one with crashes by chance.
     pub short: Option<CrashAt>,
+    /// What the clients of a short story ask for, instead of requests by chance.
+    pub script: Script,
+    /// Which of the unflushed sectors the first power cut keeps, a bit each, instead of a choice by chance.
+    pub subset: Option<u64>,
     /// Keep a line per event.
     pub log: bool,
 }
@@ -39,7 +45,13 @@ impl Options {
     /// A long story.
     #[must_use]
     pub fn long(seed: u64) -> Options {
-        Options { seed, short: None, log: false }
+        Options { seed, short: None, script: [None; 3], subset: None, log: false }
+    }
+
+    /// A short story with a crash in it.
+    #[must_use]
+    pub fn short(seed: u64, crash: CrashAt) -> Options {
+        Options { short: Some(crash), ..Options::long(seed) }
     }
 }
 
@@ -52,6 +64,8 @@ pub struct Report {
     pub steps: u64,
     /// Steps until the first server ended.
     pub first_life: u64,
+    /// Unflushed sectors that the first server's end met, if that was a power cut.
+    pub first_cut: u64,
     /// Servers that began to open the stage.
     pub opens: u64,
     /// Kills, kills without arena, power cuts.
@@ -156,7 +170,14 @@ impl fmt::Display for Failure {
         if let Some(CrashAt { step, kind, again }) = self.options.short {
             write!(f, "TIDEGATE_CRASH={step},{kind:?},{again} ")?;
         }
-        write!(f, "cargo test --release -p tidegate-tests --test crash replay -- --nocapture")
+        let script: Vec<String> = self.options.script.iter().flatten().map(|op| format!("{op:?}")).collect();
+        if !script.is_empty() {
+            write!(f, "TIDEGATE_SCRIPT={} ", script.join(","))?;
+        }
+        if let Some(subset) = self.options.subset {
+            write!(f, "TIDEGATE_SUBSET={subset} ")?;
+        }
+        write!(f, "TIDEGATE_LOG=1 cargo test --release -p tidegate-tests --test crash replay -- --nocapture")
     }
 }
 

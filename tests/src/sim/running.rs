@@ -1,7 +1,7 @@
 //! One server's life: its doors with their clients' requests, its background, and the operations in flight. What happens
 //! next is drawn from everything that could.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,6 +30,7 @@ use super::memory;
 use super::model::Model;
 use super::report::Sometimes;
 use super::rng::Rng;
+use super::script::{self, Do};
 use super::site::{Flag, Site, Stop, disk_of};
 
 struct SimDoor {
@@ -86,6 +87,8 @@ pub struct Running {
     pub again: Vec<Asked>,
     /// Whether the devices are damaged, so that the server may find that.
     pub damage_is_expected: bool,
+    /// Requests to be asked instead of those by habit.
+    pub script: VecDeque<Do>,
     /// Requests still to be asked by the clients.
     pub quota: u64,
     first_region: u64,
@@ -159,6 +162,7 @@ impl Running {
             habits: None,
             again: Vec::new(),
             quota: 0,
+            script: VecDeque::new(),
             damage_is_expected: false,
             volumes,
             next_door,
@@ -334,7 +338,10 @@ impl Running {
             let habits = self.habits.expect("clients are active");
             self.quota -= 1;
             self.doors[i].next_ns = now + habits.pause_ns(&mut ctl.rng);
-            habits.next(&mut ctl.rng, tag, model.size(volume), self.payload_max)
+            match self.script.pop_front() {
+                Some(op) => script::request(op, tag, model.size(volume), &mut ctl.rng),
+                None => habits.next(&mut ctl.rng, tag, model.size(volume), self.payload_max),
+            }
         } else {
             let asked = self.again.swap_remove(lock(site.ctl).rng.pick(&again));
             (Request { tag, ..asked.request }, asked.content)

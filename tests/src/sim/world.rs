@@ -15,6 +15,7 @@ use super::disk::{Control, Ctl, Faults, Moment, lock};
 use super::report::{CrashKind, Failure, Options, Report};
 use super::rng::Rng;
 use super::running::Running;
+use super::script::Do;
 use super::setup::{World, site_of};
 use super::site::Stop;
 
@@ -34,6 +35,7 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         crashed: false,
         faults: Faults::default(),
         faults_injected: 0,
+        subset: options.subset,
         sectors: [0; 4],
         trace: 0,
         log: options.log.then(Vec::new),
@@ -82,7 +84,13 @@ impl World {
             }
             match ended {
                 Ok(()) => self.last_crash = None,
-                Err(Stop::Crash) => self.crash(kind),
+                Err(Stop::Crash) => {
+                    self.crash(kind);
+                    if life == 0 {
+                        self.report.first_cut = lock(&self.ctl).sectors[0];
+                    }
+                    lock(&self.ctl).subset = None;
+                }
                 Err(Stop::Fail(what)) => return Err(what),
             }
             if self.options.short.is_none() && self.rng.chance(400) {
@@ -121,8 +129,8 @@ impl World {
 
     fn life(&mut self) -> Result<(), Stop> {
         self.open()?;
-        let verify = self.rng.chance(700);
-        if verify {
+        let script: Vec<Do> = self.options.script.into_iter().flatten().collect();
+        if script.is_empty() && self.rng.chance(700) {
             self.verify_through_doors()?;
         }
         self.ask_again();
@@ -131,7 +139,8 @@ impl World {
             if self.options.short.is_some() { self.rng.range(4, 40) } else { self.rng.pick(&[20, 100, 400]) };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
-        running.quota = quota;
+        running.quota = if script.is_empty() { quota } else { script.len() as u64 };
+        running.script = script.into();
         let mut left = self.rng.pick(&[0, 100, 1000]);
         let mut ticks = 0;
         loop {
@@ -162,7 +171,7 @@ impl World {
             }
         }
         lock(&self.ctl).faults = Faults::default();
-        if self.rng.chance(500) {
+        if self.options.subset.is_some() || self.rng.chance(500) {
             self.drain()?;
         }
         self.close()
