@@ -269,7 +269,9 @@ impl Core {
         let head = self.head;
         self.ring.reclaim(checkpoint, |region| {
             debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
-            (region.start.seq < head || is(Mutation::ReclaimBeforeTheDurableHead))
+            (region.start.seq < head
+                || is(Mutation::ReclaimBeforeTheDurableHead)
+                || is(Mutation::ReclaimAboveTheCheckpoint))
                 && (!arena.is_pinned(region.start.seq) || is(Mutation::ReclaimWhilePinned))
         });
         if !is(Mutation::SpaceWaitersAreForgotten) {

@@ -35,6 +35,8 @@ pub enum Moment {
     Any,
     /// A write of a group.
     LogWrite,
+    /// A write of the first group of a region.
+    RegionBegins,
     /// Another write on the stage: patch zone, checkpoint, table.
     StageWrite,
     /// A write on a backing.

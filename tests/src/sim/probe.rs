@@ -57,6 +57,8 @@ pub struct Truth {
     /// Superblock's map.
     geometry: Geometry,
     closed: bool,
+    /// Newest record of the log.
+    log_end: u64,
     /// Newest checkpoint.
     pub checkpoint: Checkpoint,
     /// Highest LSN that a backing's label names.
@@ -150,6 +152,7 @@ impl World {
             closed: superblock.state == StageState::Clean,
             geometry: superblock.geometry,
             checkpoint,
+            log_end: log.next_lsn.0 - 1,
             label_top,
             last_group,
             used: used.collect(),
@@ -274,7 +277,12 @@ impl World {
         }
         self.stage.damage(from, &bytes);
         let last = truth.last_group.filter(|&(_, start, end)| !truth.closed && from < end && to > start);
-        Some(Allowed { floor: last.map(|(before, ..)| before), damage: true, ..Allowed::default() })
+        Some(Allowed {
+            floor: last.map(|(before, ..)| before),
+            log_end: truth.log_end,
+            damage: true,
+            ..Allowed::default()
+        })
     }
 
     fn hurt_arena(&mut self) -> Option<Allowed> {
@@ -320,6 +328,11 @@ impl World {
         let required = allowed.floor.map_or(self.required, |floor| floor.min(self.required));
         if end < self.model.base() {
             // The list cannot go back behind what is settled, so the content cannot be known.
+            return Ok(());
+        }
+        if end < allowed.log_end {
+            // The last group was taken for a torn one. Had its flush begun, the backings hold parts of it: a known limit.
+            self.report.last_groups_given_up += 1;
             return Ok(());
         }
         let required = required.max(self.model.base());

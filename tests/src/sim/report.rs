@@ -88,6 +88,8 @@ pub struct Report {
     pub probes_survived: u64,
     /// Openings with a damaged arena that ended below what was acknowledged in memory.
     pub arena_shorter: u64,
+    /// Damaged last groups that were taken for torn ones, as the claims allow.
+    pub last_groups_given_up: u64,
     /// Volumes grown.
     pub resizes: u64,
     /// Doors closed and opened again.
@@ -125,6 +127,7 @@ impl Report {
         self.probes_refused += other.probes_refused;
         self.probes_survived += other.probes_survived;
         self.arena_shorter += other.arena_shorter;
+        self.last_groups_given_up += other.last_groups_given_up;
         self.resizes += other.resizes;
         self.reattaches += other.reattaches;
         self.patches += other.patches;

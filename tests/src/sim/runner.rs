@@ -102,8 +102,9 @@ impl fmt::Display for Totals {
         )?;
         writeln!(
             f,
-            "  {} damaged, old or wrong devices refused, {} survived; {} damaged arenas whose end was given up",
-            r.probes_refused, r.probes_survived, r.arena_shorter
+            "  {} damaged, old or wrong devices refused, {} survived; {} damaged last groups taken for torn, {} damaged arenas whose \
+             end was given up",
+            r.probes_refused, r.probes_survived, r.last_groups_given_up, r.arena_shorter
         )?;
         write!(f, "  {} volumes grown, {} doors closed and opened", r.resizes, r.reattaches)
     }

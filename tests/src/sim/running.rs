@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tidegate_driver::base::VolumeId;
+use tidegate_driver::base::{RegionSeq, VolumeId};
 use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
@@ -225,6 +225,13 @@ impl Running {
         self.flights.iter().any(|f| match moment {
             Moment::Any => true,
             Moment::LogWrite => on_stage(f) && f.op.token == LOG_TOKEN,
+            Moment::RegionBegins => {
+                let in_regions = f.op.offset.checked_sub(self.shared.geometry.region_offset(RegionSeq(1)));
+                let region_bytes = u64::from(self.shared.geometry.region_bytes);
+                on_stage(f)
+                    && f.op.token == LOG_TOKEN
+                    && in_regions.is_some_and(|at| at.is_multiple_of(region_bytes))
+            }
             Moment::StageWrite => on_stage(f) && f.op.token != LOG_TOKEN,
             Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
             Moment::Sync => f.op.kind == OpKind::Sync,

@@ -13,6 +13,7 @@ use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use uuid::Uuid;
 
+use super::client::Habits;
 use super::disk::{Ctl, Saved, SimDisk, lock};
 use super::door_io::Asked;
 use super::model::Model;
@@ -84,6 +85,9 @@ pub struct World {
     pub(super) last_crash: Option<CrashKind>,
     /// The disks as they were when an earlier server began: stage first.
     pub(super) old_disks: Vec<Saved>,
+    /// How the clients of the last server behaved.
+    pub(super) habits: Option<Habits>,
+    /// 0: nothing fails but by crashes; else which rates faults come at.
     pub(super) faulty: u64,
     pub(super) report: Report,
 }
@@ -150,7 +154,8 @@ impl World {
             missing: None,
             last_crash: None,
             old_disks: Vec::new(),
-            faulty: if options.short.is_some() { 0 } else { rng.pick(&[0, 0, 1, 2]) },
+            habits: None,
+            faulty: if options.short.is_some() { 0 } else { rng.pick(&[0, 0, 0, 1, 1, 2, 2, 3, 4]) },
             report: Report::default(),
             rng,
         }

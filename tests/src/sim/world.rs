@@ -114,7 +114,14 @@ impl World {
             4 => CrashKind::KillWithoutArena,
             _ => CrashKind::Kill,
         };
-        let aims = [Moment::Any, Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
+        let aims = [
+            Moment::Any,
+            Moment::LogWrite,
+            Moment::RegionBegins,
+            Moment::StageWrite,
+            Moment::BackingWrite,
+            Moment::Sync,
+        ];
         let aim = self.rng.pick(&aims);
         match self.rng.below(8) {
             0 => (self.rng.range(1, 60), kind, Moment::Any),
@@ -134,7 +141,12 @@ impl World {
             self.verify_through_doors()?;
         }
         self.ask_again();
-        let habits = Habits::draw(&mut self.rng);
+        // The same habits again: what one server gave up and what the next one writes there look alike.
+        let habits = match self.habits {
+            Some(habits) if self.rng.chance(500) => habits,
+            _ => Habits::draw(&mut self.rng),
+        };
+        self.habits = Some(habits);
         let quota =
             if self.options.short.is_some() { self.rng.range(4, 40) } else { self.rng.pick(&[20, 100, 400]) };
         let running = self.running.as_mut().expect("open");
@@ -151,7 +163,7 @@ impl World {
                 }
                 left -= 1;
             }
-            if ticks > FAULTY_TICKS_MAX {
+            if ticks > if self.faulty < 3 { FAULTY_TICKS_MAX } else { FAULTY_TICKS_MAX / 8 } {
                 lock(&self.ctl).faults = Faults::default();
             } else if self.faulty > 0 && ticks % 256 == 0 {
                 self.draw_faults();
@@ -317,7 +329,20 @@ impl World {
     }
 
     fn draw_faults(&mut self) {
-        let most: &[u64] = if self.faulty == 1 { &[0, 0, 0, 5, 20] } else { &[0, 0, 20, 200, 900] };
+        let most: &[u64] = match self.faulty {
+            1 => &[0, 0, 0, 5, 20],
+            2 => &[0, 0, 20, 200, 900],
+            // One device is bad for long: the stage fills up, or epochs come to their end and not to their checkpoint.
+            3 => {
+                lock(&self.ctl).faults = Faults { backing_write: 1000, ..Faults::default() };
+                return;
+            }
+            _ => {
+                let stage_write = self.rng.pick(&[200, 600]);
+                lock(&self.ctl).faults = Faults { stage_write, ..Faults::default() };
+                return;
+            }
+        };
         let faults = Faults {
             read: self.rng.pick(most),
             backing_write: self.rng.pick(most),

@@ -13,6 +13,8 @@ pub struct Allowed {
     pub may_be_without: bool,
     /// The prefix may end as early as here, below what was promised.
     pub floor: Option<u64>,
+    /// Where the log ended before its last group was damaged.
+    pub log_end: u64,
     /// What is read cannot be known.
     pub any_content: bool,
     /// Reads may fail, and the server may find damage later.
