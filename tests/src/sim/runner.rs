@@ -29,6 +29,8 @@ pub struct Totals {
     pub report: Report,
     /// Those that broke.
     pub failures: Vec<Box<Failure>>,
+    /// The slowest: its seconds and its seed.
+    pub slowest: (f64, u64),
     /// How long it took.
     pub seconds: f64,
 }
@@ -51,9 +53,14 @@ pub fn run_all(until: Until, threads: usize, story: impl Fn(u64) -> Options + Sy
                     if over || totals.lock().expect("no thread panics").failures.len() >= FAILURES_MAX {
                         return;
                     }
-                    let told = run(story(i));
+                    let (begun, options) = (Instant::now(), story(i));
+                    let told = run(options);
+                    let took = begun.elapsed().as_secs_f64();
                     let mut totals = totals.lock().expect("no thread panics");
                     totals.worlds += 1;
+                    if took > totals.slowest.0 {
+                        totals.slowest = (took, options.seed);
+                    }
                     match told {
                         Ok(report) => totals.report.add(&report),
                         Err(failure) => totals.failures.push(failure),
@@ -106,6 +113,8 @@ impl fmt::Display for Totals {
              end was given up",
             r.probes_refused, r.probes_survived, r.last_groups_given_up, r.arena_shorter
         )?;
-        write!(f, "  {} volumes grown, {} doors closed and opened", r.resizes, r.reattaches)
+        let (slowest, seed) = self.slowest;
+        writeln!(f, "  {} volumes grown, {} doors closed and opened", r.resizes, r.reattaches)?;
+        write!(f, "  the slowest world took {slowest:.1} s: seed {seed}")
     }
 }

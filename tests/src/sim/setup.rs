@@ -102,7 +102,7 @@ impl World {
     pub(super) fn new(options: Options, ctl: &Ctl) -> World {
         let mut rng = Rng::new(options.seed, 20);
         // Requests of a MiB need large regions, which cost time: a few worlds have them.
-        let large = options.short.is_none() && rng.chance(8);
+        let large = options.short.is_none() && rng.chance(4);
         let scale = Scale {
             region_bytes: if large { 4 << 20 } else { rng.pick(&[32 << 10, 32 << 10, 64 << 10]) },
             blocks_max: if large { 8192 } else { rng.pick(&[64, 200]) },
