@@ -6,7 +6,7 @@ SEEDS ?= 2000
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 
-.PHONY: run test system ci sim fuzz bench lint fmt doc install tools-release
+.PHONY: run test ci sim fuzz bench lint fmt doc install tools-release
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
@@ -19,28 +19,22 @@ run: tools-release
 test:
 	tests/run $(KERNELS)
 
-# The whole system in the test machine: file systems, kills, device faults, dm-log-writes. Not part of `test` yet: see
-# docs/architecture.md, known weaknesses.
-system:
-	$(CARGO) build --release -p tidegate-tools
-	$(CARGO) test --release -p tidegate-tests --test system --no-run
-	tests/vm/run --kernel 7.2 --timeout 1800 -- $$(ls -t target/release/deps/system-* | grep -v '\.d$$' | head -n 1)
-
 ci: lint test
 
 # Seeded crash simulation: SEEDS worlds, or the one of SEED=….
 sim:
 	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
 
-# Random input to every decoder.
+# Fuzzers for every decoder, FUZZ_SECONDS each; what they find that is new goes to target/fuzz.
 fuzz:
-	PROPTEST_CASES=200000 $(CARGO) test --release -p tidegate-driver --lib format::tests::decoders_never_panic
+	tests/fuzz/run $(FUZZ_SECONDS)
 
 bench:
 	benches/run
 
 lint:
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
@@ -54,7 +48,13 @@ doc:
 install: tools-release
 	install -D -m 0755 target/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
 	install -D -m 0644 tools/packaging/tidegate@.service $(DESTDIR)/usr/lib/systemd/system/tidegate@.service
-	install -D -m 0644 tools/packaging/90-tidegate.rules $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
+	install -d $(DESTDIR)/usr/lib/udev/rules.d
+	sed 's|/usr/local/sbin/tidegate|$(PREFIX)/sbin/tidegate|' tools/packaging/90-tidegate.rules \
+		> $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
+	chmod 0644 $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
 	install -D -m 0644 tools/packaging/tidegate.conf $(DESTDIR)/usr/lib/modules-load.d/tidegate.conf
 	install -d $(DESTDIR)/usr/share/bash-completion/completions
 	target/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate
+	@# On this machine, and not into a package: have what runs read what is new.
+	if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	if [ -z "$(DESTDIR)" ] && command -v udevadm > /dev/null; then udevadm control --reload || true; fi

@@ -223,7 +223,7 @@ fn a_volume_grows_in_the_middle_of_a_flush() {
     let mut client = LocalClient::new(&engine, V1, 8).unwrap();
     for round in 1..=20 {
         for block in 0..64 {
-            client.write(block * 128 << 10, &pattern(round, 4096)).unwrap();
+            client.write((block * 128) << 10, &pattern(round, 4096)).unwrap();
         }
         std::thread::scope(|scope| {
             let flush = scope.spawn(|| engine.drain());

@@ -84,6 +84,12 @@ pub enum Command {
     /// Keep a server running (started by attach)
     #[command(hide = true)]
     Supervise(StageArg),
+    /// Print the link of a block device (for udev)
+    #[command(hide = true)]
+    LinkOf {
+        /// What the kernel calls it
+        device: String,
+    },
     /// Print shell completions
     #[command(hide = true)]
     Completion {
@@ -105,7 +111,8 @@ Examples:
   tidegate create scratch --stage /dev/nvme0n1p4 --backing /dev/sdc --ack memory";
 
 const ATTACH_HELP: &str = "\
-Attaching a volume whose server died waits until it is live again and prints its path.
+Attaching a volume that is attached prints its path; one whose server died waits until it is live again. The device also
+has the name /dev/tidegate/NAME.
 
 A server started here ends with the last detach. On SIGTERM it ends too: devices in use are not taken away, they wait for
 the next attach, with everything that was accepted kept.
@@ -125,8 +132,8 @@ Examples:
   tidegate detach db --no-flush";
 
 const STATUS_HELP: &str = "\
-States: attached, detached, recovering, waiting (the device is there and waits for a server: attach it), server-died (the
-same after a crash), not-answering (the server hangs), error.
+States: attached, ending (its server was told to end), detached, recovering, waiting (the device is there and waits for a
+server: attach it), server-died (the same after a crash), not-answering (the server hangs), error.
 
 JSON: {\"volumes\": [{\"name\", \"state\", \"device\", \"pid\", …}], \"stages\": [{\"uuid\", \"path\", \"pid\", …}]}; sizes are bytes.
 
@@ -222,6 +229,9 @@ pub struct Attach {
     /// Go on although writes that were acknowledged from memory are lost
     #[arg(long)]
     pub accept_loss: bool,
+    /// Wait so long for stage and backing to appear
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub wait: u64,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
@@ -330,9 +340,6 @@ pub struct Name {
 pub struct StageArg {
     /// UUID
     pub stage: uuid::Uuid,
-    /// Go on although writes that were acknowledged from memory are lost
-    #[arg(long)]
-    pub accept_loss: bool,
 }
 
 /// `serve`.

@@ -1,10 +1,10 @@
 //! The one place where the command and the server meet the engine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tidegate_driver::base::limits::REGION_BYTES_DEFAULT;
-use tidegate_driver::base::{ErrorKind, Result, VolumeId};
+use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
 use tidegate_driver::format::geometry::PATCH_BYTES_DEFAULT;
 use tidegate_driver::format::volume_entry::{AckLevel, VolumeInfo};
 use tidegate_driver::io::uring::Reactor;
@@ -12,6 +12,8 @@ use tidegate_driver::io::{Disk, FileDisk};
 use tidegate_driver::volume::{VolumeDoor, Wake};
 use tidegate_ublk::{DeviceConfig, DoorFactory, Status};
 use uuid::Uuid;
+
+use crate::registry::{Entry, Registry};
 
 pub use tidegate_driver::recovery::{Problem, check, inspect};
 pub use tidegate_driver::volume::admin::{
@@ -23,19 +25,33 @@ pub use tidegate_driver::volume::{Engine, EngineConfig};
 pub const STAGE_OPTIONS: StageOptions =
     StageOptions { region_bytes: REGION_BYTES_DEFAULT, patch_bytes: PATCH_BYTES_DEFAULT, block_bytes: 4096 };
 
-/// Where arenas live: memory with a name, which outlives the process.
+/// Where new arenas live: memory with a name, which outlives the process.
 pub fn arena_dir() -> PathBuf {
     std::env::var_os("TIDEGATE_ARENA_DIR").map_or_else(|| PathBuf::from("/dev/shm/tidegate"), PathBuf::from)
 }
 
-/// Opens the engine of a stage.
-pub fn open(
-    stage: Arc<FileDisk>,
-    backings: Vec<(VolumeId, Arc<FileDisk>)>,
-    accept_loss: bool,
-    forget: Option<VolumeId>,
-) -> Result<Arc<Engine>> {
-    Engine::open(EngineConfig { stage, backings, arena_dir: arena_dir(), accept_loss, forget })
+/// Where the arena of a stage is: where the last server had it (`noted`), which may have been told another place than this
+/// process, as long as it is there; else where new ones live.
+pub fn arena_dir_of(stage: Uuid, noted: Option<PathBuf>) -> PathBuf {
+    let holds_one = |dir: &PathBuf| {
+        let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name());
+        let prefix = stage.to_string();
+        names.into_iter().any(|name| name.to_string_lossy().starts_with(&prefix))
+    };
+    noted.filter(holds_one).unwrap_or_else(arena_dir)
+}
+
+/// What a loss is reported with: where the arena was looked for.
+pub fn explain_loss(e: Error, noted: Option<&Path>) -> Error {
+    if e.kind() != ErrorKind::Lost {
+        return e;
+    }
+    let usual = arena_dir();
+    let places = match noted {
+        Some(noted) if noted != usual => format!("{} and {}", noted.display(), usual.display()),
+        _ => usual.display().to_string(),
+    };
+    Error::new(ErrorKind::Lost, format!("{}. The arena was looked for in {places}", e.report()))
 }
 
 /// How clients see the device of a volume.
@@ -82,6 +98,12 @@ pub fn device_of(volume: Uuid) -> Result<Option<(u32, Status)>> {
     // One that was ended while somebody had it open keeps its number for a while: it is not the one that counts.
     found.sort_by_key(|(_, status)| *status == Status::Dead);
     Ok(found.first().copied())
+}
+
+/// Names and UUIDs of the volumes on the stage of `entry` that are known here.
+pub fn volumes_on(registry: &Registry, entry: &Entry) -> Vec<(String, Uuid)> {
+    let entries = registry.entries().unwrap_or_default().into_iter();
+    entries.filter(|e| e.stage_uuid == entry.stage_uuid).map(|e| (e.name, e.volume_uuid)).collect()
 }
 
 /// Makes the doors of a volume, one on each queue thread of its device.

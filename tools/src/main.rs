@@ -9,6 +9,8 @@
 //! | [`client`], [`protocol`] | how they talk |
 //! | [`engine`] | the one place that meets the engine |
 //! | [`report`] | what people and scripts see |
+//! | [`links`] | stable names of devices |
+//! | [`stacking`] | what lies on what |
 //! | [`exit`] | exit codes |
 
 mod cli;
@@ -16,6 +18,7 @@ mod client;
 mod commands;
 mod engine;
 mod exit;
+mod links;
 mod paths;
 mod protocol;
 mod registry;
@@ -23,6 +26,7 @@ mod report;
 mod server;
 mod signals;
 mod size;
+mod stacking;
 
 use std::process::ExitCode;
 
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
             Command::Flush(args) => commands::flush::run(&registry, args),
             Command::Serve(args) => server::serve(&registry, args),
             Command::Supervise(args) => server::supervise::run(&registry, args),
+            Command::LinkOf { device } => links::run(&registry, device),
             Command::Completion { shell } => commands::completion(*shell),
         }
     };

@@ -127,6 +127,9 @@ pub struct ServerStatus {
     pub pid: u32,
     /// Process id of the supervisor, if there is one.
     pub supervisor_pid: Option<u32>,
+    /// It was told to end, and brings what is staged to the backings.
+    #[serde(default)]
+    pub ending: bool,
     /// Devices.
     pub devices: Vec<DeviceStatus>,
     /// The stage.

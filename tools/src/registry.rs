@@ -7,6 +7,7 @@
 //! STATE/stages/UUID/control.sock  where the server listens
 //! STATE/stages/UUID/runtime.json  what the server is doing; tells a crash from an end in order
 //! STATE/stages/UUID/error.json    why the server could not start
+//! STATE/stages/UUID/accept-loss   the next server may go on without writes that were lost with an arena
 //! STATE/stages/UUID/server.log
 //! ```
 //!
@@ -18,6 +19,7 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tidegate_driver::base::{Error, ErrorKind, Result};
@@ -184,6 +186,9 @@ pub struct Runtime {
     pub ended: bool,
     /// Devices that are started, or were left waiting for a server.
     pub devices: Vec<RuntimeDevice>,
+    /// Where the server keeps its arena.
+    #[serde(default)]
+    pub arena_dir: Option<PathBuf>,
 }
 
 /// A device in [`Runtime`].
@@ -225,28 +230,77 @@ impl StageDir {
     /// Name of the control socket within the directory.
     pub const SOCKET: &'static str = "control.sock";
 
-    /// The supervisor's lock: `None` if somebody else has it.
+    fn lock_path(&self) -> PathBuf {
+        self.dir.join("supervisor.lock")
+    }
+
+    /// The supervisor's lock: `None` if somebody else has it. Works where nothing can be written any more, too: clients
+    /// may wait for a server.
     pub fn try_lock(&self) -> Result<Option<File>> {
         self.make()?;
-        let path = self.dir.join("supervisor.lock");
+        let path = self.lock_path();
         let fail = |e| Error::io(format!("cannot lock {}", path.display()), e);
-        let file = open_lock(&path).map_err(fail)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(e)) => Err(fail(e)),
+        let file = match open_lock(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::ReadOnlyFilesystem => File::open(&path),
+            opened => opened,
         }
+        .map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(e)) => return Err(fail(e)),
+        }
+        // For those who only want to know: `flock` can be tested by taking it only, which would make others fail.
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_RDLCK))).map_err(|e| fail(e.into()))?;
+        Ok(Some(file))
     }
 
     /// Whether somebody supervises or serves the stage.
     pub fn is_supervised(&self) -> bool {
-        self.dir.exists() && matches!(self.try_lock(), Ok(None))
+        let Ok(file) = File::open(self.lock_path()) else { return false };
+        let mut lock = whole_file(libc::F_WRLCK);
+        let asked = fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock));
+        asked.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
+    }
+
+    /// Lets the next server go on although writes acknowledged in memory are gone.
+    pub fn put_accept_loss(&self) -> Result<()> {
+        self.make()?;
+        write_json(&self.accept_loss_path(), &boot_id())
+    }
+
+    /// Takes that permission: whether there was one, in this boot of the machine. It holds once.
+    pub fn take_accept_loss(&self) -> bool {
+        let path = self.accept_loss_path();
+        let permitted: Option<String> = read_json(&path).ok().flatten();
+        // One that cannot be taken away would hold for every loss to come.
+        permitted.is_some_and(|boot| fs::remove_file(&path).is_ok() && boot == boot_id())
+    }
+
+    fn accept_loss_path(&self) -> PathBuf {
+        self.dir.join("accept-loss")
     }
 
     /// What the last server noted, if it was in this boot of the machine.
     pub fn runtime(&self) -> Result<Option<Runtime>> {
         let runtime: Option<Runtime> = read_json(&self.dir.join("runtime.json"))?;
         Ok(runtime.filter(|r| r.boot_id == boot_id()))
+    }
+
+    /// Where the last server kept its arena, if it was in this boot of the machine.
+    pub fn arena_dir(&self) -> Option<PathBuf> {
+        self.runtime().ok().flatten()?.arena_dir
+    }
+
+    /// Notes where the arena is kept, before there is one that could be missed.
+    pub fn put_arena_dir(&self, arena_dir: &Path) -> Result<()> {
+        let mut runtime = self.runtime()?.unwrap_or_default();
+        if runtime.arena_dir.as_deref() == Some(arena_dir) {
+            return Ok(());
+        }
+        runtime.boot_id = boot_id();
+        runtime.arena_dir = Some(arena_dir.to_owned());
+        self.put_runtime(&runtime)
     }
 
     /// Notes what the server does.
@@ -298,6 +352,16 @@ fn make_dir(dir: &Path) -> Result<()> {
         let what_to_do = "run as root, or name another with --state-dir or TIDEGATE_STATE_DIR";
         Error::io(format!("cannot make the state directory {} ({what_to_do})", dir.display()), e)
     })
+}
+
+fn whole_file(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
 }
 
 fn open_lock(path: &Path) -> std::io::Result<File> {
@@ -427,6 +491,32 @@ mod tests {
         assert!(lock.is_some() && stage.try_lock().unwrap().is_none() && stage.is_supervised());
         drop(lock);
         assert!(!stage.is_supervised());
+    }
+
+    #[test]
+    fn whoever_asks_for_a_supervisor_keeps_none_from_starting() {
+        let dir = tempfile::tempdir().unwrap();
+        let stage = Registry::new(dir.path()).unwrap().stage_dir(Uuid::from_u128(7));
+        drop(stage.try_lock().unwrap());
+        let asking = {
+            let stage = stage.clone();
+            std::thread::spawn(move || (0..20_000).filter(|_| stage.is_supervised()).count())
+        };
+        while !asking.is_finished() {
+            assert!(stage.try_lock().unwrap().is_some(), "the question was in the way");
+        }
+        asking.join().unwrap();
+    }
+
+    #[test]
+    fn a_loss_is_accepted_once_and_in_this_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let stage = Registry::new(dir.path()).unwrap().stage_dir(Uuid::from_u128(7));
+        assert!(!stage.take_accept_loss());
+        stage.put_accept_loss().unwrap();
+        assert!(stage.take_accept_loss() && !stage.take_accept_loss());
+        write_json(&stage.accept_loss_path(), &"another".to_owned()).unwrap();
+        assert!(!stage.take_accept_loss() && !stage.accept_loss_path().exists());
     }
 
     #[test]

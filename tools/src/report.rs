@@ -5,22 +5,23 @@ use std::io::{IsTerminal, Write};
 use serde::Serialize;
 use tidegate_driver::base::{Error, Result};
 
-/// Writes text. A reader that went away (`| head`) is not an error.
-pub fn print(text: &str) -> Result<()> {
+/// Writes text. A reader that went away (`| head`) is not an error; whether there still is one.
+pub fn print(text: &str) -> Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("cannot write the output", e)),
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::io("cannot write the output", e)),
     }
 }
 
 /// Writes a line.
-pub fn line(text: impl AsRef<str>) -> Result<()> {
+pub fn line(text: impl AsRef<str>) -> Result<bool> {
     print(&format!("{}\n", text.as_ref()))
 }
 
 /// Writes a value as JSON.
-pub fn json(value: &impl Serialize) -> Result<()> {
+pub fn json(value: &impl Serialize) -> Result<bool> {
     let text =
         serde_json::to_string_pretty(value).map_err(|e| Error::io("cannot encode the output", e.into()))?;
     line(text)

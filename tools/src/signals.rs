@@ -5,8 +5,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use tidegate_driver::base::{Error, ErrorKind, Result};
@@ -23,7 +25,13 @@ pub struct Signals {
 impl Signals {
     /// Takes over SIGINT, SIGTERM and SIGHUP for this thread and those it starts later.
     pub fn block() -> Result<Signals> {
-        let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+        Signals::block_also(&[])
+    }
+
+    /// The same with further signals.
+    pub fn block_also(more: &[Signal]) -> Result<Signals> {
+        let usual = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+        let set = SigSet::from_iter(usual.into_iter().chain(more.iter().copied()));
         let fail = |e: Errno| Error::io("cannot take over signals", e.into());
         set.thread_block().map_err(fail)?;
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(fail)?;
@@ -34,6 +42,15 @@ impl Signals {
     pub fn next(&self) -> Option<Signal> {
         let info = self.fd.read_signal().ok().flatten()?;
         Signal::try_from(i32::try_from(info.ssi_signo).ok()?).ok()
+    }
+
+    /// Waits until a signal has come, or for `patience`.
+    pub fn wait(&self, patience: Duration) {
+        let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        // An error ends the wait early: whoever waits looks for what it waits for all the same.
+        if poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], patience).is_err() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Error if a signal has come since; for commands, between steps that can be undone.

@@ -4,7 +4,7 @@
 mod support;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use support::{Bench, Loop, MIB, losetup_or_skip, mkfs_or_skip, snapshot};
 
@@ -461,6 +461,63 @@ fn a_lost_backing_does_not_hold_up_the_others() {
     assert_eq!(bench.json(&["check", "db", "--json"])["report"]["volumes"].as_array().unwrap().len(), 1);
     bench.ok(&["check", "db"]);
     bench.ok(&["create", "two", "--stage", "stage", "--backing", "b2", "--size", "8M"]);
+}
+
+#[test]
+fn force_does_not_discard_for_the_sake_of_another_error() {
+    let bench = Bench::with_volume();
+    bench.ok(&["create", "two", "--stage", "stage", "--backing", "b2", "--size", "8M"]);
+    // A wrong backing is as good as none; and the note says what happened.
+    bench.file("b2", 9 * MIB);
+    let said = bench.err(&["delete", "two", "--force"]);
+    assert!(said.contains("discarded") && said.contains("not the backing"), "{said}");
+    // All is well with the backing: what is wrong is said, and nothing is deleted.
+    bench.make_newer("stage");
+    let said = bench.err(&["delete", "db", "--force"]);
+    assert!(said.contains("only the name was deleted") && said.contains("newer"), "{said}");
+}
+
+#[test]
+fn the_error_of_a_stage_is_not_taken_for_that_of_a_backing() {
+    let bench = Bench::with_volume();
+    // An arena folder that anybody could have made: the stage cannot be opened, the backing is there.
+    fs::create_dir(bench.path("arena")).unwrap();
+    fs::set_permissions(bench.path("arena"), fs::Permissions::from_mode(0o777)).unwrap();
+    bench.refused(&["flush", "db"], PERMISSION, "can be written to by others");
+    bench.refused(&["delete", "db", "--force"], PERMISSION, "nothing is deleted");
+    fs::set_permissions(bench.path("arena"), fs::Permissions::from_mode(0o700)).unwrap();
+    bench.ok(&["flush", "db"]);
+}
+
+#[test]
+fn a_watch_ends_with_its_reader() {
+    use std::io::Read;
+    let bench = Bench::with_volume();
+    for json in [&[][..], &["--json"]] {
+        let args = [&["status", "--watch"], json].concat();
+        let mut child = bench.command(&args).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut out = child.stdout.take().unwrap();
+        out.read_exact(&mut [0; 8]).unwrap();
+        drop(out);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(std::time::Instant::now() < deadline, "it goes on without a reader");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        };
+        assert_eq!(status.code(), Some(0));
+    }
+}
+
+#[test]
+fn counters_are_unknown_without_a_server() {
+    let bench = Bench::with_volume();
+    let volume = bench.json(&["status", "db", "--json"])["volumes"][0].clone();
+    for key in ["reads", "writes", "discards", "flushes", "read_bytes", "write_bytes", "link"] {
+        assert!(volume[key].is_null(), "{key}: {volume}");
+    }
 }
 
 #[test]

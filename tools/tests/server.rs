@@ -139,6 +139,76 @@ fn a_server_that_cannot_start_says_why_once() {
 }
 
 #[test]
+fn a_supervisor_gives_up_on_a_stage_that_is_gone_where_no_device_waits() {
+    let bench = Bench::with_volume();
+    let mut supervisor = start(&bench, "supervise");
+    let pid = pid_other_than(&bench, None);
+    std::fs::rename(bench.path("stage"), bench.path("away")).unwrap();
+    signal(pid, "KILL");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !stage(&bench)["pid"].is_null() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // While it still tries, it can be found.
+    assert_eq!(stage(&bench)["supervisor_pid"], supervisor.0.id());
+    assert_eq!(supervisor.0.wait().unwrap().code(), Some(3), "it says why");
+    assert!(stage(&bench)["supervisor_pid"].is_null());
+    bench.ok(&["delete", "db", "--force"]);
+}
+
+#[test]
+fn a_state_directory_that_cannot_be_written_to_ends_no_server() {
+    let bench = Bench::with_volume();
+    let Some(_state) = support::ReadOnly::or_skip(bench.state()) else { return };
+    let mut server = Process(bench.spawn(&["serve", &uuid(&bench)]));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(matches!(server.0.try_wait(), Ok(None)), "it serves without a socket");
+    signal(server.0.id(), "TERM");
+    assert_eq!(server.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_later_server_looks_for_the_arena_where_the_one_before_had_it() {
+    let bench = Bench::with_volume();
+    bench.ok(&["create", "m", "--stage", "stage", "--backing", "b2", "--size", "8M", "--ack", "memory"]);
+    let server = start(&bench, "serve");
+    signal(server.0.id(), "KILL");
+    drop(server);
+    // Told another place: the noted one counts as long as there is an arena in it.
+    let elsewhere = bench.path("elsewhere");
+    let flush = || bench.command(&["flush", "m"]).env("TIDEGATE_ARENA_DIR", &elsewhere).output().unwrap();
+    std::fs::rename(bench.path("arena"), bench.path("hidden")).unwrap();
+    let lost = flush();
+    let said = String::from_utf8(lost.stderr).unwrap();
+    assert_eq!(lost.status.code(), Some(13), "{said}");
+    for path in [bench.path("arena"), elsewhere.clone()] {
+        assert!(said.contains(path.to_str().unwrap()), "{said}");
+    }
+    std::fs::rename(bench.path("hidden"), bench.path("arena")).unwrap();
+    let found = flush();
+    assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stderr));
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn a_permission_to_lose_is_used_up_by_the_next_server() {
+    let bench = Bench::with_volume();
+    bench.ok(&["create", "m", "--stage", "stage", "--backing", "b2", "--size", "8M", "--ack", "memory"]);
+    let server = start(&bench, "serve");
+    signal(server.0.id(), "KILL");
+    drop(server);
+    std::fs::remove_dir_all(bench.path("arena")).unwrap();
+    let uuid = uuid(&bench);
+    assert_eq!(bench.spawn(&["serve", &uuid]).wait().unwrap().code(), Some(13));
+    let marker = bench.state().join("stages").join(&uuid).join("accept-loss");
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    std::fs::write(&marker, format!("\"{}\"", boot.trim())).unwrap();
+    let _server = start(&bench, "serve");
+    assert!(!marker.exists());
+}
+
+#[test]
 fn nonsense_on_the_socket_harms_nobody() {
     use std::io::{Read, Write};
     let bench = Bench::with_volume();

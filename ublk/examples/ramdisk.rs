@@ -313,7 +313,7 @@ fn say(line: &str) {
 
 fn main() {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    for warning in harden() {
+    for warning in harden().warnings {
         tracing::warn!("{warning}");
     }
     if let Err(e) = run(&Args::parse()) {

@@ -124,7 +124,13 @@ impl Device {
                 ),
             ));
         }
-        let device = Device::serve(&mut control, &info, factory, begin_recovery, Control::end_recovery)?;
+        let mut begun_before = false;
+        let begin = |control: &mut Control, info: &DevInfo| {
+            begun_before = begin_recovery(control, info)?;
+            Ok(())
+        };
+        let served = Device::serve(&mut control, &info, factory, begin, Control::end_recovery);
+        let device = served.map_err(|e| if begun_before { half_recovered(device_id, e) } else { e })?;
         if size_bytes < config.size_bytes
             && let Err(e) = device.resize(config.size_bytes)
         {
@@ -140,7 +146,7 @@ impl Device {
         control: &mut Control,
         info: &DevInfo,
         factory: Arc<F>,
-        begin: fn(&mut Control, &DevInfo) -> Result<()>,
+        begin: impl FnOnce(&mut Control, &DevInfo) -> Result<()>,
         go: fn(&mut Control, u32) -> Result<()>,
     ) -> Result<Device> {
         let device_id = info.dev_id;
@@ -195,6 +201,12 @@ impl Device {
     #[must_use]
     pub fn ended(&self) -> bool {
         self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Whether somebody else has stopped the device.
+    #[must_use]
+    pub fn ended_by_others(&self) -> bool {
+        self.cdev.is_some() && self.ended()
     }
 
     /// Changes the size that clients see. Growing: first make what is behind the device larger. Shrinking is not
@@ -295,8 +307,12 @@ impl Device {
     }
 
     /// Hands the device over: requests in flight are finished, this process lets go of it, and clients wait until a
-    /// server recovers it. Kind `Unsupported` before Linux 6.16 (there, end the process: the requests that it had are
-    /// sent again); kind `Busy`, and nothing changed, if requests do not finish within `patience`.
+    /// server recovers it. Kind `Unsupported`, and nothing changed, before Linux 6.16 (there, end the process: the
+    /// requests that it had are sent again).
+    ///
+    /// Kind `Busy` if requests do not finish within `patience`. The driver holds back new requests from the moment that
+    /// it is asked, and does not take that back: they wait for another server. So after any error of this kind the
+    /// process must end too, and what it still has in flight is sent again.
     pub fn quiesce(&mut self, patience: Duration) -> Result<()> {
         if self.cdev.is_none() {
             return Ok(());
@@ -324,10 +340,10 @@ impl Device {
 }
 
 /// Begins to take over a device. Until the queues have fetched every tag there is no way back on older kernels: another
-/// attempt is refused (`EINVAL`), having happened already.
-fn begin_recovery(control: &mut Control, info: &DevInfo) -> Result<()> {
+/// attempt is refused (`EINVAL`), having happened already. Whether that was so.
+fn begin_recovery(control: &mut Control, info: &DevInfo) -> Result<bool> {
     match control.start_recovery(info.dev_id, RECOVERY_PATIENCE) {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(false),
         Err(e) if e.kind() == ErrorKind::Busy => Err(Error::new(
             ErrorKind::Busy,
             format!(
@@ -337,15 +353,34 @@ fn begin_recovery(control: &mut Control, info: &DevInfo) -> Result<()> {
         )),
         Err(e) if is_invalid(&e) && waits(control, info.dev_id) => {
             tracing::warn!(device = info.dev_id, "its recovery was begun before: going on with that");
-            Ok(())
+            Ok(true)
         }
         Err(e) => Err(e),
     }
 }
 
-fn is_invalid(e: &Error) -> bool {
+/// The error of a recovery that went on with one begun before. A server that was killed after it had mapped the queues
+/// or fetched tags, and before the end of its recovery, stays their owner for older kernels: they refuse everybody else.
+fn half_recovered(device_id: u32, e: Error) -> Error {
+    if !matches!(errno_of(&e), Some(libc::EINVAL | libc::EBUSY)) {
+        return e;
+    }
+    let what = format!(
+        "ublk device {device_id} cannot be served any more: a server was killed in the middle of taking it over, and this \
+         kernel does not let another one finish ({}); only a reboot removes the device, its clients wait until then. What was \
+         accepted is in the stage and loses nothing by it; newer kernels (7.2) do not have this fault",
+        e.report()
+    );
+    Error::new(ErrorKind::Unsupported, what)
+}
+
+fn errno_of(e: &Error) -> Option<i32> {
     let source = std::error::Error::source(e).and_then(|source| source.downcast_ref::<io::Error>());
-    source.and_then(io::Error::raw_os_error) == Some(libc::EINVAL)
+    source.and_then(io::Error::raw_os_error)
+}
+
+fn is_invalid(e: &Error) -> bool {
+    errno_of(e) == Some(libc::EINVAL)
 }
 
 fn waits(control: &mut Control, device_id: u32) -> bool {
@@ -448,6 +483,10 @@ fn open_char_device(device_id: u32) -> Result<File> {
             {
                 std::thread::sleep(Duration::from_millis(5));
             }
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                let what = format!("{} is open in another process: end that one first", path.display());
+                return Err(Error::new(ErrorKind::Busy, what));
+            }
             Err(e) => return Err(Error::io(format!("cannot open {}", path.display()), e)),
         }
     }
@@ -497,4 +536,20 @@ fn opener(rdev: u64) -> Option<u32> {
                     .is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == rdev)
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recovery_that_cannot_be_finished_says_what_helps() {
+        for errno in [libc::EINVAL, libc::EBUSY] {
+            let e = half_recovered(3, Error::io("cannot map", io::Error::from_raw_os_error(errno)));
+            assert_eq!(e.kind(), ErrorKind::Unsupported);
+            assert!(e.report().contains("only a reboot removes the device"), "{}", e.report());
+        }
+        let other = half_recovered(3, Error::io("cannot map", io::Error::from_raw_os_error(libc::ENOMEM)));
+        assert_eq!(other.report(), "cannot map: Cannot allocate memory (os error 12)");
+    }
 }

@@ -29,8 +29,6 @@ pub struct DeviceState {
     pub status: Status,
     /// [`crate::DeviceConfig::identity`] of whoever made it; other software may have its own meaning here.
     pub identity: u64,
-    /// Size in bytes.
-    pub size_bytes: u64,
     /// Process that serves or served it.
     pub server_pid: Option<u32>,
     /// Granted `sys::F_*` flags.
@@ -54,9 +52,11 @@ pub fn char_path(device_id: u32) -> PathBuf {
 }
 
 /// State of a device; kind `NotFound` if there is none of that number.
+///
+/// Asks with GET_DEV_INFO2 alone, which takes no lock: other commands wait, uninterruptibly, for a device whose server
+/// or driver is stuck, and whoever looks for a device of ours must not wait for somebody else's.
 pub fn state(device_id: u32) -> Result<DeviceState> {
-    let mut control = Control::open()?;
-    let info = control.info(device_id)?;
+    let info = Control::open()?.info(device_id)?;
     let status = match info.state {
         sys::S_DEV_DEAD => Status::Dead,
         sys::S_DEV_LIVE => Status::Live,
@@ -69,18 +69,20 @@ pub fn state(device_id: u32) -> Result<DeviceState> {
             ));
         }
     };
-    // A device that was added and never configured has none; not an error of the one who asks.
-    let size_bytes = control.params(device_id).map_or(0, |p| p.basic.dev_sectors * 512);
     Ok(DeviceState {
         device_id,
         status,
         identity: info.ublksrv_flags,
-        size_bytes,
         server_pid: u32::try_from(info.ublksrv_pid).ok().filter(|&pid| pid > 0),
         flags: info.flags,
         queues: info.nr_hw_queues,
         depth: info.queue_depth,
     })
+}
+
+/// Size of a device in bytes. Waits for whatever else is done to the device: only for one that is known to be ours.
+pub fn size_bytes(device_id: u32) -> Result<u64> {
+    Control::open()?.params(device_id).map(|p| p.basic.dev_sectors * 512)
 }
 
 /// Numbers of all devices there are.

@@ -33,6 +33,6 @@ pub mod sys;
 mod tag;
 
 pub use device::{Device, Start, StopMode};
-pub use info::{DeviceState, Status, delete, list, state};
+pub use info::{DeviceState, Status, delete, list, size_bytes, state};
 pub use params::DeviceConfig;
 pub use queue::{DoorFactory, QueueIo};

@@ -16,8 +16,16 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 /// `PR_SET_IO_FLUSHER` of linux/prctl.h.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Prepares the process. Returns what could not be done, in words: a server works without, but not safely under memory
-/// pressure.
+/// What [`harden`] has done.
+#[derive(Debug, Default)]
+pub struct Hardened {
+    /// What could not be done, in words: a server works without, but not safely under memory pressure.
+    pub warnings: Vec<String>,
+    /// The process has mounts of its own, and what happens to them happens nowhere else.
+    pub own_mounts: bool,
+}
+
+/// Prepares the process.
 ///
 /// - I/O flusher: allocations never wait for write-out.
 /// - An own mount namespace: a process that shares one with a mount of its own device cannot end while the mount waits for
@@ -26,18 +34,19 @@ const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// - What it has touched stays in memory; what it maps and never touches costs nothing.
 /// - As many open files as the machine allows: a volume takes several, and the default is 1024.
 #[must_use = "the warnings are for the log"]
-pub fn harden() -> Vec<String> {
-    let mut warnings = Vec::new();
+pub fn harden() -> Hardened {
+    let mut done = Hardened::default();
+    let warnings = &mut done.warnings;
     if let Err(e) = set_io_flusher() {
         warnings.push(format!(
             "cannot become an I/O flusher (needs CAP_SYS_RESOURCE): {e}; the machine may deadlock when memory is short"
         ));
     }
-    if let Err(e) = own_mounts() {
-        warnings.push(format!(
-            "cannot get an own mount namespace (needs CAP_SYS_ADMIN): {e}; the process may hang at its end while the \
-             device is mounted"
-        ));
+    match own_mounts() {
+        Ok(()) => done.own_mounts = true,
+        Err(what) => {
+            warnings.push(format!("{what}; the process may hang at its end while the device is mounted"));
+        }
     }
     if let Err(e) = fs::write("/proc/self/oom_score_adj", "-1000") {
         warnings
@@ -49,7 +58,7 @@ pub fn harden() -> Vec<String> {
     if let Err(e) = raise_open_files() {
         warnings.push(format!("cannot raise the limit of open files: {e}; many volumes may not fit"));
     }
-    warnings
+    done
 }
 
 fn lock_memory() -> io::Result<()> {
@@ -74,8 +83,11 @@ pub fn set_io_flusher() -> io::Result<()> {
     Ok(())
 }
 
-fn own_mounts() -> nix::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
+fn own_mounts() -> Result<(), String> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(|e| format!("cannot get an own mount namespace (needs CAP_SYS_ADMIN): {e}"))?;
     // Private, not slave: a mount of the device must not arrive here from outside either.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).map_err(|e| {
+        format!("cannot make the own mounts private: {e} (the root directory must be a mount point, is this a chroot?)")
+    })
 }

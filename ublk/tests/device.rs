@@ -5,14 +5,19 @@
 //! Arguments: parts of names of tests to run.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tidegate_driver::base::ErrorKind;
-use tidegate_ublk::{Status, ctrl::Control, delete, list, state, sys};
+use tidegate_ublk::{Status, ctrl::Control, delete, list, size_bytes, state, sys};
+
+#[path = "device/support.rs"]
+mod support;
+
+use support::*;
 
 type Test = (&'static str, fn());
 
@@ -49,6 +54,12 @@ fn main() {
         .collect();
     println!("\nrunning {} tests", tests.len());
     if let Err(e) = Control::open() {
+        if std::env::var_os("TIDEGATE_TESTS_LATER").is_some() {
+            println!(
+                "\nlater, in the test machine: device tests\ntest result: ok. 0 passed; 0 failed; 0 ignored"
+            );
+            return;
+        }
         for (name, _) in &tests {
             println!("test {name} ... ignored");
         }
@@ -87,156 +98,6 @@ fn main() {
         println!("failed: {}", failed.join(", "));
         std::process::exit(1);
     }
-}
-
-struct Skipped(String);
-
-fn skip(why: impl Into<String>) -> ! {
-    std::panic::resume_unwind(Box::new(Skipped(why.into())))
-}
-
-/// After a failure: no server, no device, nothing mounted.
-fn clean_up() {
-    let _ = Command::new("umount").args(["-q", "-l"]).arg(mount_dir()).status();
-    for id in list().unwrap_or_default() {
-        if let Some(pid) = state(id).ok().and_then(|s| s.server_pid) {
-            let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
-        }
-        for _ in 0..100 {
-            if delete(id).is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
-// ---- the server --------------------------------------------------------------------------------------------------
-
-struct Server {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-    id: u32,
-    path: PathBuf,
-    user_copy: bool,
-}
-
-fn spawn(args: &[&str]) -> (Child, ChildStdin, BufReader<ChildStdout>, String) {
-    let program = std::env::var_os("TIDEGATE_RAMDISK").map_or_else(
-        || std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples/ramdisk"),
-        PathBuf::from,
-    );
-    let mut child = Command::new(&program)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|e| {
-            panic!("cannot run {}: {e}; build it with `cargo build --examples`", program.display())
-        });
-    let input = child.stdin.take().unwrap();
-    let mut output = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    output.read_line(&mut line).unwrap();
-    (child, input, output, line)
-}
-
-impl Server {
-    fn start(args: &[&str]) -> Server {
-        let (child, input, output, line) = spawn(args);
-        let mut words = line.split_whitespace();
-        assert_eq!(words.next(), Some("ready"), "{args:?}: {line}");
-        let id = words.next().unwrap().parse().unwrap();
-        let path = PathBuf::from(words.next().unwrap());
-        let user_copy = words.next() == Some("user_copy=true");
-        Server { child, input, output, id, path, user_copy }
-    }
-
-    fn ask(&mut self, command: &str) -> String {
-        writeln!(self.input, "{command}").unwrap();
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    }
-
-    fn stop(mut self) {
-        assert_eq!(self.ask("stop"), "ok stopped");
-        assert!(self.child.wait().unwrap().success());
-        assert!(!self.path.exists());
-        assert_eq!(state(self.id).unwrap_err().kind(), ErrorKind::NotFound);
-    }
-
-    fn kill(mut self) -> u32 {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.id
-    }
-
-    fn path(&self) -> &str {
-        self.path.to_str().unwrap()
-    }
-}
-
-fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new("timeout").arg("200").arg(program).args(args).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {}\n{text}{errors}", output.status);
-    text
-}
-
-/// A file for the server's data, in memory, gone after the test.
-struct Data(PathBuf);
-
-impl Data {
-    fn new(name: &str) -> Data {
-        let path = Path::new("/dev/shm").join(format!("tidegate-ublk-{name}"));
-        let _ = fs::remove_file(&path);
-        Data(path)
-    }
-    fn arg(&self) -> &str {
-        self.0.to_str().unwrap()
-    }
-}
-
-impl Drop for Data {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn mount_dir() -> PathBuf {
-    let dir = PathBuf::from("/tmp/tidegate-ublk-mount");
-    fs::create_dir_all(&dir).unwrap();
-    dir
-}
-
-fn fio(path: &str, args: &[&str]) -> Vec<String> {
-    let mut all = vec![format!("--filename={path}")];
-    all.extend(
-        ["--name=t", "--ioengine=io_uring", "--direct=1", "--group_reporting", "--verify_state_save=0"]
-            .map(str::to_owned),
-    );
-    all.extend(args.iter().map(|a| (*a).to_owned()));
-    all
-}
-
-fn fio_run(path: &str, args: &[&str]) {
-    let args = fio(path, args);
-    run("fio", &args.iter().map(String::as_str).collect::<Vec<_>>());
-}
-
-fn open_disk(path: &Path, write: bool) -> fs::File {
-    fs::OpenOptions::new().read(true).write(write).open(path).unwrap()
-}
-
-fn size_of_disk(path: &Path) -> u64 {
-    open_disk(path, false).seek(SeekFrom::End(0)).unwrap()
-}
-
-fn kernel_has(flag: u64) -> bool {
-    Control::open().unwrap().features().unwrap() & flag != 0
 }
 
 // ---- tests -------------------------------------------------------------------------------------------------------
@@ -472,8 +333,8 @@ fn only_the_owner_recovers() {
     let server = Server::start(&base);
     let number = server.id.to_string();
     let found = state(server.id).unwrap();
-    assert_eq!((found.status, found.identity, found.size_bytes), (Status::Live, 0x7469_6465, 64 << 20));
-    assert_eq!(found.server_pid, Some(server.child.id()));
+    assert_eq!((found.status, found.server_pid), (Status::Live, Some(server.child.id())));
+    assert_eq!((found.identity, size_bytes(server.id).unwrap()), (0x7469_6465, 64 << 20));
     assert_eq!(delete(server.id).unwrap_err().kind(), ErrorKind::Busy);
     assert_eq!(list().unwrap(), [server.id]);
     let id = server.kill();
@@ -582,7 +443,7 @@ fn it_grows_while_live() {
         let number = id.to_string();
         let args = ["--file", data.arg(), "--size-mib", "128", "--recover", &number];
         let server = Server::start(&args);
-        assert_eq!(state(id).unwrap().size_bytes, 128 << 20);
+        assert_eq!(size_bytes(id).unwrap(), 128 << 20);
         server.stop();
     } else {
         assert!(answer.starts_with("error Unsupported"), "{answer}");

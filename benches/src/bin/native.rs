@@ -143,12 +143,19 @@ impl Place {
 
     /// Copies the files as a server that died would leave them, without its arena.
     fn crashed_copy(&self) -> Result<Place> {
-        let place = Place { dir: self.dir.with_extension("crashed") };
+        let mut name = self.dir.file_name().unwrap_or_default().to_owned();
+        name.push("-copy");
+        let place = Place { dir: self.dir.with_file_name(name) };
         let io = |e| Error::io("cannot copy the files", e);
         std::fs::create_dir_all(&place.dir).map_err(io)?;
-        std::fs::copy(self.dir.join("stage"), place.dir.join("stage")).map_err(io)?;
-        std::fs::copy(self.dir.join("backing"), place.dir.join("backing")).map_err(io)?;
-        Ok(place)
+        let files = [self.dir.join("stage"), self.dir.join("backing")];
+        // The backing is nearly all hole.
+        let status =
+            std::process::Command::new("cp").arg("--sparse=always").args(files).arg(&place.dir).status();
+        match status.map_err(io)?.success() {
+            true => Ok(place),
+            false => Err(Error::new(ErrorKind::Io, "cannot copy the files")),
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 //! 24  u64  region sequence number
 //! 32  u64  LSN of the first record
 //! 40  u32  length of the group in bytes, header and padding included: a multiple of the stage's block
-//! 44  u32  reserved
+//! 44  u32  digest of the records' header checksums, in order ([`RecordsDigest`])
 //! 48  u64  incarnation of the stage that wrote the group
 //! 56  u64  checkpoint LSN that was durable when the group was written
 //! ```
@@ -20,7 +20,9 @@
 //!
 //! A group is valid if and only if its header's checksum and magic match, region, group sequence and first LSN are the
 //! expected ones, its length is a multiple of the block and stays in the region, its incarnation is current for its
-//! place (see `recovery`), and all its records are valid and end within the last block of the group.
+//! place (see `recovery`), and all its records are valid, end within the last block of the group, and are the ones of the
+//! digest: a record at its place may be a valid one that an earlier recovery gave up, where the sectors of the newer one
+//! were lost.
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -51,8 +53,8 @@ pub struct GroupHeader {
     pub first_lsn: U64,
     /// Length of the group in bytes.
     pub group_bytes: U32,
-    /// Zero.
-    pub reserved: U32,
+    /// Digest of the records' header checksums.
+    pub records_digest: U32,
     /// Incarnation that wrote it.
     pub incarnation: U64,
     /// Durable checkpoint at that time.
@@ -62,6 +64,26 @@ pub struct GroupHeader {
 const _: () = assert!(size_of::<GroupHeader>() == GROUP_HEADER_BYTES as usize);
 
 impl Sealed for GroupHeader {}
+
+/// Names the records of a group: each header checksum, folded to 32 bits, goes in after a rotation by 5, so that order counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecordsDigest(u32);
+
+impl RecordsDigest {
+    /// With one more record, whose header (64 bytes) starts with its checksum.
+    #[must_use]
+    pub fn with(self, record_header: &[u8]) -> RecordsDigest {
+        let (checksum, _) = U64::read_from_prefix(record_header).expect("a record header");
+        let checksum = checksum.get();
+        RecordsDigest(self.0.rotate_left(5) ^ (checksum ^ (checksum >> 32)) as u32)
+    }
+
+    /// As it is stored.
+    #[must_use]
+    pub fn value(self) -> u32 {
+        self.0
+    }
+}
 
 /// A group header once its own checksum and magic matched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +98,8 @@ pub struct Group {
     pub first_lsn: Lsn,
     /// Length in bytes.
     pub group_bytes: u32,
+    /// Which records it holds.
+    pub records_digest: RecordsDigest,
     /// Incarnation of the stage that wrote it.
     pub incarnation: u64,
     /// Checkpoint that was durable when it was written.
@@ -94,7 +118,7 @@ impl Group {
             region_seq: self.region.0.into(),
             first_lsn: self.first_lsn.0.into(),
             group_bytes: self.group_bytes.into(),
-            reserved: U32::ZERO,
+            records_digest: self.records_digest.value().into(),
             incarnation: self.incarnation.into(),
             checkpoint_lsn: self.checkpoint_lsn.0.into(),
         };
@@ -112,6 +136,7 @@ impl Group {
             region: RegionSeq(header.region_seq.get()),
             first_lsn: Lsn(header.first_lsn.get()),
             group_bytes: header.group_bytes.get(),
+            records_digest: RecordsDigest(header.records_digest.get()),
             incarnation: header.incarnation.get(),
             checkpoint_lsn: Lsn(header.checkpoint_lsn.get()),
         })

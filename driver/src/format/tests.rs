@@ -8,7 +8,7 @@ use super::Sealed;
 use super::arena::ArenaIdentity;
 use super::checkpoint::Checkpoint;
 use super::geometry::Geometry;
-use super::group::Group;
+use super::group::{Group, RecordsDigest};
 use super::label::Label;
 use super::patch::{PatchImage, decode_patches, encode_patches, patch_images_max};
 use super::record::{Record, RecordKind, record_bytes};
@@ -55,6 +55,7 @@ fn group() -> Group {
         region: RegionSeq(9),
         first_lsn: Lsn(1001),
         group_bytes: 24576,
+        records_digest: RecordsDigest::default().with(record().encode(SALT, RegionSeq(7)).as_bytes()),
         incarnation: 4,
         checkpoint_lsn: Lsn(900),
     }

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub use create::{Fill, create_file, sync_dir_of};
-pub use holders::{is_swap, loop_devices_of, mount_points, overlap, stacked_on};
+pub use holders::{is_swap, look_below, loop_devices_of, major_minor, mount_points, overlap, stacked_on};
 
 use super::buffer::{AlignedBuf, BUFFER_ALIGN};
 use super::disk::Disk;

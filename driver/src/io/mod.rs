@@ -6,7 +6,7 @@
 pub mod buffer;
 pub mod disk;
 pub mod file;
-#[cfg(test)]
+#[cfg(any(test, feature = "samples"))]
 pub mod memory_disk;
 pub mod op;
 pub mod probe;

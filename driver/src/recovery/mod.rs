@@ -20,7 +20,7 @@
 pub mod check;
 pub mod inspect;
 pub mod open;
-#[cfg(test)]
+#[cfg(any(test, feature = "samples"))]
 pub mod sample_stage;
 pub mod scan;
 pub mod superblocks;

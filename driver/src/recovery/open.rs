@@ -124,7 +124,8 @@ pub fn open(
 
     if !is(Mutation::RecoveryDoesNotSync) {
         stage.sync()?;
-        for backing in backings.values() {
+        // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
+        for (_, backing) in backings.iter().filter(|(id, _)| targets.contains_key(id)) {
             backing.sync()?;
         }
     }
@@ -326,7 +327,7 @@ fn check_backings(
             unusable.insert(volume.id, Error::new(ErrorKind::NotFound, what));
             continue;
         };
-        match check_identity(superblock, volume, *backing, checkpoint) {
+        match backing.drop_cache().and_then(|()| check_identity(superblock, volume, *backing, checkpoint)) {
             Ok(label) => {
                 check_log_reaches(volume, &label, &backing.name(), log_end)?;
                 let block_bytes = backing.block_bytes();

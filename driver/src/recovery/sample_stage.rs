@@ -9,7 +9,7 @@ use crate::base::checksum::crc64;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{Geometry, PATCH_OFFSET, SUPERBLOCK_COPIES, checkpoint_offset};
-use crate::format::group::{GROUP_HEADER_BYTES, Group};
+use crate::format::group::{GROUP_HEADER_BYTES, Group, RecordsDigest};
 use crate::format::label::{LABEL_BYTES, Label, backing_bytes_for, label_offset};
 use crate::format::patch::{PatchImage, encode_patches};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind, record_bytes};
@@ -218,6 +218,7 @@ impl SampleStage {
         let mut at = header_at + GROUP_HEADER_BYTES;
         let first_lsn = self.next_lsn;
         let mut placed = Vec::new();
+        let mut records_digest = RecordsDigest::default();
         for &(kind, volume, offset, len) in records {
             let payload_len = if kind == RecordKind::Write { len } else { 0 };
             let payload: Vec<u8> =
@@ -234,6 +235,7 @@ impl SampleStage {
             };
             let place = self.place(seq, at);
             let header = record.encode(salt, seq);
+            records_digest = records_digest.with(header.as_bytes());
             self.put(place, header.as_bytes());
             self.put(place + u64::from(RECORD_HEADER_BYTES), &payload);
             region.table.push(TableEntry::new(&record, at));
@@ -248,6 +250,7 @@ impl SampleStage {
             region: seq,
             first_lsn,
             group_bytes,
+            records_digest,
             incarnation: self.superblock.incarnation,
             checkpoint_lsn: self.spoken,
         };

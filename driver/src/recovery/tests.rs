@@ -142,3 +142,30 @@ fn a_torn_group_in_a_new_region_does_not_hide_what_is_known_to_be_flushed() {
     stage.disk.flip(torn + 100, 1);
     assert_eq!(end(&stage), Ok(before - 1));
 }
+
+/// Power is cut while the group is written: its header and last records are new, the others are those that an earlier
+/// recovery had given up, at the same places and with the same LSNs.
+#[test]
+fn a_group_with_given_up_records_is_torn() {
+    let mut stage = SampleStage::filled();
+    stage.begin_region();
+    let records = [(RecordKind::Write, 1, 0, 3000), (RecordKind::Write, 1, 8192, 3000)];
+    stage.put_group(&records);
+    assert_eq!(end(&stage), Ok(38));
+    let first = stage.regions[3].groups[0].records[0];
+    // The incarnation before had written something else there.
+    let bytes = vec![9u8; 3000];
+    let record = Record {
+        lsn: Lsn(37),
+        volume: VolumeId(1),
+        kind: RecordKind::Write,
+        range: ByteRange::at(65536, 3000),
+        payload_bytes: 3000,
+        payload_checksum: crc64(&bytes),
+        timestamp_ns: 1,
+        incarnation: stage.superblock.incarnation as u16,
+    };
+    stage.disk.put(first, record.encode(stage.superblock.salt, RegionSeq(4)).as_bytes());
+    stage.disk.put(first + 64, &bytes);
+    assert_eq!(end(&stage), Ok(36), "a record that the group was not written with");
+}

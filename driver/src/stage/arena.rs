@@ -14,8 +14,8 @@
 #![expect(unsafe_code, reason = "maps shared memory and hands out disjoint parts of it")]
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -67,6 +67,28 @@ impl Drop for Arena {
     }
 }
 
+/// Refuses a folder for arenas that somebody else could put files into, or take them out of: the usual one lies in
+/// `/dev/shm`, where everybody may make folders, and what is in an arena is believed.
+fn refuse_open_folder(dir: &Path) -> Result<()> {
+    let metadata = std::fs::symlink_metadata(dir)
+        .map_err(|e| Error::io(format!("cannot look at the arena folder {}", dir.display()), e))?;
+    let problem = if !metadata.is_dir() {
+        "is a link or a file, not a folder".to_owned()
+    } else if metadata.uid() != nix::unistd::geteuid().as_raw() {
+        format!("belongs to user {}", metadata.uid())
+    } else if metadata.mode() & 0o022 != 0 {
+        format!("can be written to by others (mode {:o})", metadata.mode() & 0o7777)
+    } else {
+        return Ok(());
+    };
+    let what = format!(
+        "the arena folder {} {problem}: find out who made it and remove it, or name a folder of your own with \
+         TIDEGATE_ARENA_DIR",
+        dir.display()
+    );
+    Err(Error::new(ErrorKind::Permission, what))
+}
+
 /// Keeps the slot of a region from being given away while it is read.
 #[derive(Debug)]
 pub struct Pin<'a>(&'a AtomicU32);
@@ -88,7 +110,12 @@ impl Arena {
     pub fn create(dir: &Path, identity: &ArenaIdentity, salt: u64) -> Result<Arena> {
         let path = Arena::path_in(dir, identity);
         let context = |what: &str| format!("cannot {what} arena file {}", path.display());
-        std::fs::create_dir_all(dir).map_err(|e| Error::io(context("create the folder of"), e))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|e| Error::io(context("create the folder of"), e))?;
+        refuse_open_folder(dir)?;
         let temporary = path.with_extension("new");
         let file = OpenOptions::new()
             .read(true)
@@ -96,6 +123,7 @@ impl Arena {
             .create(true)
             .truncate(true)
             .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
             .open(&temporary)
             .map_err(|e| Error::io(context("create"), e))?;
         let built = Arena::fill_new(file, identity, salt, &path).and_then(|arena| {
@@ -165,11 +193,13 @@ impl Arena {
     /// Maps the existing file of `identity` below `dir`; `None` if there is none, an error if it is not that arena.
     pub fn open(dir: &Path, identity: &ArenaIdentity, salt: u64) -> Result<Option<Arena>> {
         let path = Arena::path_in(dir, identity);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = match opened {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io(format!("cannot open arena file {}", path.display()), e)),
         };
+        refuse_open_folder(dir)?;
         let bytes =
             file.metadata().map_err(|e| Error::io(format!("cannot stat arena {}", path.display()), e))?.len();
         let wrong =
@@ -353,5 +383,33 @@ impl Arena {
         assert!(from <= to && to <= self.region_bytes);
         // SAFETY: in bounds by the assertion; immutable by the rules in the module's header.
         unsafe { std::slice::from_raw_parts(self.base.add(self.position(seq, from)), (to - from) as usize) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn folders_that_others_can_write_to_are_refused() {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = temporary.path().join("arenas");
+        fs::create_dir(&dir).unwrap();
+        for (mode, refused) in [(0o700, false), (0o755, false), (0o770, true), (0o1777, true)] {
+            fs::set_permissions(&dir, Permissions::from_mode(mode)).unwrap();
+            assert_eq!(refuse_open_folder(&dir).is_err(), refused, "{mode:o}");
+        }
+        fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
+        let link = temporary.path().join("link");
+        symlink(&dir, &link).unwrap();
+        let error = refuse_open_folder(&link).unwrap_err();
+        assert!(error.kind() == ErrorKind::Permission && error.report().contains("is a link"), "{error}");
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&dir, Some(65534), None).unwrap();
+            assert!(refuse_open_folder(&dir).unwrap_err().report().contains("user 65534"));
+        }
     }
 }

@@ -6,9 +6,11 @@
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
 use crate::base::units::align_up;
+use zerocopy::FromBytes;
+
 use crate::base::{Lsn, RegionSeq};
-use crate::format::group::{GROUP_HEADER_BYTES, Group};
-use crate::format::record::{RECORD_HEADER_BYTES, Record, record_bytes};
+use crate::format::group::{GROUP_HEADER_BYTES, Group, RecordsDigest};
+use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordHeader, record_bytes};
 
 /// A record and the offset of its header within its region.
 pub type Placed = (u32, Record);
@@ -75,6 +77,7 @@ pub fn whole_group(
     let before = records.len();
     let end = at + group.group_bytes;
     let mut offset = at + GROUP_HEADER_BYTES;
+    let mut digest = RecordsDigest::default();
     for i in 0..u64::from(group.record_count) {
         let record = record_at(&image[..end as usize], offset, expected.region, rules)
             .filter(|r| r.lsn == group.first_lsn.plus(i));
@@ -84,9 +87,11 @@ pub fn whole_group(
         };
         let next = offset + record_bytes(record.payload_bytes);
         records.push((offset, record));
+        digest = digest.with(&image[offset as usize..]);
         offset = next;
     }
-    if align_up(u64::from(offset), u64::from(rules.block_bytes)) == u64::from(end) {
+    let ends = align_up(u64::from(offset), u64::from(rules.block_bytes)) == u64::from(end);
+    if ends && digest == group.records_digest {
         return Some(group);
     }
     records.truncate(before);
@@ -105,6 +110,21 @@ pub fn record_at(image: &[u8], offset: u32, region: RegionSeq, rules: &Rules) ->
     (padded <= image.len()
         && (crc64(payload) == record.payload_checksum || is(Mutation::PayloadIsNotChecked)))
     .then_some(record)
+}
+
+/// Digest of the `count` records that start at the beginning of `bytes`, which this server has filled itself.
+#[must_use]
+pub fn digest_of(bytes: &[u8], count: u32) -> RecordsDigest {
+    let mut offset = 0;
+    let mut digest = RecordsDigest::default();
+    for _ in 0..count {
+        let record = &bytes[offset..];
+        let (header, _) = RecordHeader::ref_from_prefix(record).expect("a record lies within its group");
+        digest = digest.with(record);
+        offset += record_bytes(header.payload_bytes.get()) as usize;
+    }
+    assert_eq!(offset, bytes.len(), "a group ends where its records do");
+    digest
 }
 
 /// Looks from block `from` on for a group of this region above `group_seq`: proof that what comes before it was durable.

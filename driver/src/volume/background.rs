@@ -4,9 +4,14 @@
 //!
 //! It sleeps without a deadline when nothing is staged and nothing has failed.
 
+mod back_off;
+mod status;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use self::back_off::BackOff;
+pub use self::status::BackgroundStatus;
 use super::shared::{Clock, LOG_TOKEN, Shared};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
@@ -41,45 +46,6 @@ const EPOCH_TOKENS: u64 = 1 << 32;
 const SEAL_TOKEN: Token = Token(2 << 32);
 const LOAD_TOKEN: Token = Token(3 << 32);
 
-/// A pause that doubles.
-#[derive(Clone, Copy, Debug, Default)]
-struct BackOff {
-    until_ns: u64,
-    pause_ns: u64,
-}
-
-impl BackOff {
-    fn failed(&mut self, now_ns: u64, (first, longest): (u64, u64)) {
-        self.pause_ns = (self.pause_ns * 2).clamp(first, longest);
-        self.until_ns = now_ns + if is(Mutation::RetriesDoNotPause) { 0 } else { self.pause_ns };
-    }
-}
-
-/// What the background has to tell.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BackgroundStatus {
-    /// Epochs flushed.
-    pub epochs: u64,
-    /// Bytes written to backings.
-    pub flushed_bytes: u64,
-    /// Operations on backings that failed.
-    pub backing_errors: u64,
-    /// The backing that fails and how, while it does.
-    pub backing_problem: Option<(VolumeId, String)>,
-    /// Writes of the flusher to the stage device that failed.
-    pub stage_errors: u64,
-    /// Why the stage device fails, while it does.
-    pub stage_problem: Option<String>,
-    /// Whether the log cannot be written.
-    pub log_fails: bool,
-    /// Why the arena cannot get all its memory, while it cannot.
-    pub memory_problem: Option<String>,
-    /// Damage that was found.
-    pub damage: Option<String>,
-    /// The checkpoint.
-    pub checkpoint_lsn: Lsn,
-}
-
 /// The background of an engine.
 pub struct Background {
     shared: Arc<Shared>,
@@ -90,8 +56,14 @@ pub struct Background {
     epoch: Option<EpochRun>,
     /// An epoch that lacks nothing but its checkpoint, whose write failed.
     unfinished: Option<EpochRun>,
+    /// The epoch that failed. Exactly it is tried again: its checkpoint may be on the device although the write failed, so
+    /// nothing older may be written to a backing any more than what it covers.
+    failed_epoch: Option<Epoch>,
     sealing: Option<RegionState>,
     loading: Option<RegionState>,
+    /// A region could not be read; it is tried again after a pause.
+    load_failed: bool,
+    load_retry: BackOff,
     /// Whether the arena came from the previous server, so that cold regions may be whole in it.
     arena_reused: bool,
     log_group: Option<ClosedGroup>,
@@ -138,8 +110,11 @@ impl Background {
             checkpoint,
             epoch: None,
             unfinished: None,
+            failed_epoch: None,
             sealing: None,
             loading: None,
+            load_failed: false,
+            load_retry: BackOff::default(),
             arena_reused,
             log_group: None,
             flush_retry: BackOff::default(),
@@ -209,7 +184,7 @@ impl Background {
         self.retry_log(now_ns);
         self.run(submit);
         self.allocate(now_ns);
-        self.load(submit);
+        self.load(now_ns, submit);
         self.seal(submit);
         self.flush(now_ns, submit);
         {
@@ -229,6 +204,11 @@ impl Background {
         let mut at_latest = |at: u64| deadline = Some(deadline.map_or(at, |d| d.min(at)));
         if core.log_has_failed() {
             at_latest(self.log_retry.until_ns);
+        }
+        if self.load_failed {
+            at_latest(now_ns);
+        } else if self.load_retry.until_ns > now_ns {
+            at_latest(self.load_retry.until_ns);
         }
         if core.reclaim_is_pending() {
             at_latest(now_ns + RECLAIM_RETRY_NS);
@@ -293,7 +273,13 @@ impl Background {
 
     // ---- cold regions
 
-    fn load(&mut self, submit: &mut dyn FnMut(Op)) {
+    fn load(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
+        if std::mem::take(&mut self.load_failed) {
+            self.load_retry.failed(now_ns, LOG_RETRY_NS);
+        }
+        if now_ns < self.load_retry.until_ns {
+            return;
+        }
         while self.loading.is_none() && self.status.damage.is_none() {
             let region = {
                 let core = self.shared.core.lock();
@@ -347,6 +333,10 @@ impl Background {
         let position = self.shared.geometry.region_offset(region.start.seq);
         match result {
             Ok(()) if self.is_whole(&region) => {
+                if self.load_retry.until_ns > 0 {
+                    self.load_retry = BackOff::default();
+                    self.status.stage_problem = None;
+                }
                 self.loaded(&region);
                 return;
             }
@@ -360,10 +350,15 @@ impl Background {
                 ));
             }
             Err(errno) => {
-                self.status.damage = Some(format!(
+                // The bytes may well be there: it is tried again.
+                self.shared.arena.unpin(region.start.seq);
+                self.load_failed = true;
+                self.status.stage_errors += 1;
+                self.status.stage_problem = Some(format!(
                     "the log cannot be read at byte {position} (region {}): {errno}",
                     region.start.seq
                 ));
+                return;
             }
         }
         self.shared.arena.unpin(region.start.seq);
@@ -469,7 +464,7 @@ impl Background {
             let unflushed = core.claimed() > core.checkpoint();
             let idle = unflushed && now_ns >= self.idle_since_ns + IDLE_NS;
             let draining = self.drain_to > core.checkpoint();
-            if !(idle || draining || core.above_high_mark()) {
+            if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
             let all = idle || draining || core.waiting() > 0;
@@ -482,7 +477,7 @@ impl Background {
                 self.status.backing_problem = Some((volume, "the backing is not there".to_owned()));
                 return;
             }
-            let Some(epoch) = core.next_epoch(all) else { return };
+            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all)) else { return };
             // Volumes that were deleted have no place in the checkpoint any more.
             let volumes = core.volumes();
             self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
@@ -529,6 +524,7 @@ impl Background {
 
     fn epoch_flushed(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
         let run = self.epoch.take().expect("an epoch ended");
+        self.failed_epoch = None;
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
@@ -547,10 +543,10 @@ impl Background {
     }
 
     fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {
-        self.unfinished = self
-            .epoch
-            .take()
-            .filter(|run| run.only_checkpoint_failed() && !is(Mutation::FailedCheckpointRepeatsTheEpoch));
+        let run = self.epoch.take().expect("an epoch has failed");
+        self.failed_epoch = Some(run.epoch);
+        let repeated = is(Mutation::FailedCheckpointRepeatsTheEpoch);
+        self.unfinished = Some(run).filter(|run| run.only_checkpoint_failed() && !repeated);
         self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
         match target {
             Target::Backing(volume) => {

@@ -225,21 +225,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes the superblock with a change. The caller holds `changing`.
+    /// Writes the superblock with a change. The caller holds `changing`. After an error everything is as before.
     fn change_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
-        let mut next = self.next_superblock();
-        change(&mut next);
-        superblocks::write(&*self.stage, &next)?;
-        *self.superblock.lock() = next;
+        let update = self.superblock_update(change);
+        update.write()?;
+        *self.superblock.lock() = update.next;
         Ok(())
     }
 
-    /// The superblock with the next sequence number. None is used twice: a copy of a failed update may be on the device all
-    /// the same.
-    fn next_superblock(&self) -> Superblock {
+    fn superblock_update(&self, change: impl FnOnce(&mut Superblock)) -> SuperblockUpdate {
         let mut superblock = self.superblock.lock();
-        superblock.sequence += 1;
-        superblock.clone()
+        let before = superblock.clone();
+        // No number is used twice, whatever becomes of the update: one for it, one to take it back.
+        superblock.sequence += 2;
+        let mut next = Superblock { sequence: before.sequence + 1, ..before.clone() };
+        change(&mut next);
+        let undo = Superblock { sequence: before.sequence + 2, ..before };
+        SuperblockUpdate { stage: self.stage.clone(), next, undo }
     }
 
     /// Flushes everything that was accepted before the call to the backings. Blocks. Fails if a device does; what is
@@ -307,10 +309,12 @@ impl Engine {
         self.stop_thread();
         let _one = self.changing.lock();
         let durable = self.shared.core.lock().durable();
-        self.change_superblock(|next| {
+        let update = self.superblock_update(|next| {
             next.state = StageState::Clean;
             next.closed_lsn = durable;
-        })?;
+        });
+        // Everything is durable: whichever state the next opening finds, it is true.
+        superblocks::write(&*self.stage, &update.next)?;
         self.shared.arena.unlink()
     }
 
@@ -385,6 +389,32 @@ impl Engine {
                 .map(|info| volume_status(info, volumes.get(&info.id), &background))
                 .collect(),
         }
+    }
+}
+
+/// A change of the superblock, and how to take it back.
+struct SuperblockUpdate {
+    stage: Arc<FileDisk>,
+    next: Superblock,
+    undo: Superblock,
+}
+
+impl SuperblockUpdate {
+    /// Writes it. If that fails some copies may say the new thing all the same, and the next opening would believe them, so
+    /// the old content is written over them. If even that is impossible nobody knows which one holds: the process ends, and
+    /// the next opening finds out.
+    fn write(&self) -> Result<()> {
+        let Err(error) = superblocks::write(&*self.stage, &self.next) else { return Ok(()) };
+        if let Err(again) = superblocks::write(&*self.stage, &self.undo) {
+            tracing::error!(
+                "the superblock of {} could be neither changed ({}) nor kept ({}): ending, to be recovered",
+                self.stage.name(),
+                error.report(),
+                again.report()
+            );
+            std::process::abort();
+        }
+        Err(error)
     }
 }
 

@@ -15,12 +15,12 @@ use super::request::Wake;
 use crate::base::Lsn;
 use crate::base::mutation::{Mutation, is};
 use crate::format::geometry::Geometry;
-use crate::format::group::Group;
+use crate::format::group::{GROUP_HEADER_BYTES, Group};
 use crate::io::{Memory, Op, OpKind, Target, Token};
 use crate::stage::arena::Arena;
 use crate::stage::core::{Core, DoorId, Outcome};
 use crate::stage::ring::ClosedGroup;
-use crate::stage::walk::Rules;
+use crate::stage::walk::{Rules, digest_of};
 
 /// Time, as the engine sees it. Nothing correct depends on it.
 pub trait Clock: Send + Sync {
@@ -162,12 +162,15 @@ impl Shared {
             let region = core.ring().region(group.region).expect("P1: a region lives until it is flushed");
             (region.start, core.checkpoint())
         };
+        let records_at = group.header_offset + GROUP_HEADER_BYTES;
+        let records = self.arena.bytes(group.region, records_at, group.records_end);
         let header = Group {
             record_count: group.record_count,
             group_seq: group.group_seq,
             region: group.region,
             first_lsn: group.first_lsn,
             group_bytes: group.end - group.header_offset,
+            records_digest: digest_of(records, group.record_count),
             incarnation: self.rules.incarnation,
             checkpoint_lsn,
         }

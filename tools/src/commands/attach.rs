@@ -1,5 +1,6 @@
 //! `attach`: finds or starts the server and has it make the device.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -10,30 +11,55 @@ use serde_json::json;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::{VolumeInfo, check_name};
 use tidegate_driver::io::FileDisk;
+use tidegate_ublk::Status;
+use tidegate_ublk::info::block_path;
 
 use crate::cli::Attach;
 use crate::client::Client;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry, StageDir};
-use crate::{engine, paths, report, server};
+use crate::{engine, links, paths, report, server, stacking};
 
 /// How long the server may vanish under our eyes before that is an error.
 const RETRY: Duration = Duration::from_secs(60);
 /// The same for `detach --force`, which knows what to do then.
 const RETRY_FORCED: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
+/// How long a server may take to listen after its device is live.
+const SOCKETLESS: Duration = Duration::from_secs(5);
+/// How often stage and backing are looked for.
+const WAIT_LOOK: Duration = Duration::from_millis(500);
 
 /// `attach`.
 pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     let entry = locate(registry, args)?;
     preflight()?;
+    wait_for_devices(&entry, Duration::from_secs(args.wait));
+    stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
     if args.foreground {
-        return server::foreground(registry, &entry, args.accept_loss, args.json);
+        server::foreground(registry, &entry, args.accept_loss, args.json)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let device = attach(registry, &entry, args.accept_loss)?;
     tell_repairs(registry, &entry);
     print_device(&entry, &device, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits for stage and backing, which at boot may appear after this is started. Those that stay away are missed by
+/// whoever opens them.
+fn wait_for_devices(entry: &Entry, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    let is_missing =
+        |path: &Path| matches!(std::fs::metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound);
+    for path in [&entry.stage, &entry.backing] {
+        if is_missing(path) && !patience.is_zero() {
+            report::note(format!("waiting for {} for up to {} s…", path.display(), patience.as_secs()));
+        }
+        while is_missing(path) && Instant::now() < deadline {
+            std::thread::sleep(WAIT_LOOK);
+        }
+    }
 }
 
 /// Tells people that a device begins to fail.
@@ -51,7 +77,12 @@ fn tell_repairs(registry: &Registry, entry: &Entry) {
 
 /// Prints what scripts wait for.
 pub fn print_device(entry: &Entry, device: &str, json: bool) -> Result<()> {
-    if json { report::json(&json!({ "name": entry.name, "device": device })) } else { report::line(device) }
+    let printed = if json {
+        report::json(&json!({ "name": entry.name, "device": device, "link": links::path(&entry.name) }))
+    } else {
+        report::line(device)
+    };
+    printed.map(drop)
 }
 
 /// What making a device needs of the machine.
@@ -115,7 +146,7 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
 }
 
 /// Refuses what is not the backing of the volume, before it is entered as that.
-fn refuse_other_backing(path: &Path, stage_uuid: uuid::Uuid, volume: &VolumeInfo) -> Result<()> {
+pub fn refuse_other_backing(path: &Path, stage_uuid: uuid::Uuid, volume: &VolumeInfo) -> Result<()> {
     let disk = FileDisk::open_to_look(path).map_err(|e| e.within("backing"))?;
     let label = engine::read_label(&disk, volume.size_bytes)?;
     let what = match label {
@@ -147,7 +178,17 @@ fn volume_on(stage: &Path, name: &str) -> Result<(uuid::Uuid, VolumeInfo)> {
 /// Has the volume attached; the path of its device.
 pub fn attach(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<String> {
     let request = Request::Attach { volume: entry.name.clone() };
-    match ask_or_start(registry, entry, accept_loss, &request)? {
+    let dir = registry.stage_dir(entry.stage_uuid);
+    // For the next server, whoever starts it: a supervisor may be at its attempts. One that answers has lost nothing.
+    if accept_loss && Client::connect(&dir).is_none() {
+        dir.put_accept_loss()?;
+    }
+    let reply = ask_or_start(registry, entry, &request);
+    if accept_loss {
+        // Not for a loss to come.
+        dir.take_accept_loss();
+    }
+    match reply? {
         Reply::Device(path) => Ok(path),
         other => Err(Error::new(
             ErrorKind::Unsupported,
@@ -157,12 +198,7 @@ pub fn attach(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<S
 }
 
 /// Asks the server, which is started if there is none. A server that ends while it is asked is asked, or started, again.
-pub fn ask_or_start(
-    registry: &Registry,
-    entry: &Entry,
-    accept_loss: bool,
-    request: &Request,
-) -> Result<Reply> {
+pub fn ask_or_start(registry: &Registry, entry: &Entry, request: &Request) -> Result<Reply> {
     let dir = registry.stage_dir(entry.stage_uuid);
     let mut child: Option<Child> = None;
     let mut give_up = Instant::now() + RETRY;
@@ -180,6 +216,10 @@ pub fn ask_or_start(
                 None if Instant::now() >= give_up => return client.ask(request.clone()),
                 None => asked = true,
             }
+        } else if begun.elapsed() > SOCKETLESS
+            && let Some(served) = served_without_socket(entry, request)
+        {
+            return Ok(served);
         } else if let Some(started) = &mut child {
             let ended = started.try_wait().map_err(|e| Error::io("cannot watch the supervisor", e))?;
             if let Some(status) = ended {
@@ -205,7 +245,7 @@ pub fn ask_or_start(
         } else if Instant::now() >= give_up {
             return Err(start_failure(&dir));
         } else {
-            child = Some(spawn_supervisor(registry, entry, accept_loss)?);
+            child = Some(spawn_supervisor(registry, entry)?);
         }
         if !noted && begun.elapsed() > Duration::from_secs(2) {
             report::note(format!("waiting for the server of '{}' to open its stage…", entry.name));
@@ -213,6 +253,14 @@ pub fn ask_or_start(
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// The answer of a server that has taken the device over and cannot be asked, for nothing can be written where its socket
+/// should be.
+fn served_without_socket(entry: &Entry, request: &Request) -> Option<Reply> {
+    let Request::Attach { .. } = request else { return None };
+    let (device_id, status) = engine::device_of(entry.volume_uuid).ok()??;
+    (status == Status::Live).then(|| Reply::Device(block_path(device_id).display().to_string()))
 }
 
 fn is_detach(request: &Request) -> bool {
@@ -229,11 +277,20 @@ fn start_failure(dir: &StageDir) -> Error {
     }
 }
 
-fn spawn_supervisor(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<Child> {
+fn spawn_supervisor(registry: &Registry, entry: &Entry) -> Result<Child> {
     let dir = registry.stage_dir(entry.stage_uuid);
     dir.make()?;
-    let log = server::open_log(&dir)?;
-    let err = log.try_clone().map_err(|e| Error::io("cannot share the server's log", e))?;
+    let share = |log: File| log.try_clone().map(|other| (log, other));
+    let log = server::open_log(&dir)
+        .and_then(|log| share(log).map_err(|e| Error::io("cannot share the server's log", e)));
+    // Where no log can be written clients may wait for a server all the same.
+    let (out, err) = match log {
+        Ok((out, err)) => (Stdio::from(out), Stdio::from(err)),
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "tidegate: note: there will be no log: {}", e.report());
+            (Stdio::null(), Stdio::null())
+        }
+    };
     let mut command = Command::new(crate::paths::own_executable());
     command
         .arg0("tidegate")
@@ -241,13 +298,10 @@ fn spawn_supervisor(registry: &Registry, entry: &Entry, accept_loss: bool) -> Re
         .arg(registry.dir())
         .arg("supervise")
         .arg(entry.stage_uuid.to_string());
-    if accept_loss {
-        command.arg("--accept-loss");
-    }
     command
         .current_dir("/")
         .stdin(Stdio::null())
-        .stdout(log)
+        .stdout(out)
         .stderr(err)
         .spawn()
         .map_err(|e| Error::io("cannot start the supervisor", e))

@@ -26,6 +26,7 @@ use crate::registry::{Entry, Registry};
 use crate::report;
 use crate::signals::Signals;
 use crate::size::human;
+use crate::stacking;
 
 const STAGE_BYTES_DEFAULT: u64 = 1 << 30;
 /// Zeroed at either end of a device that held something else, so that nobody recognises it any more.
@@ -122,6 +123,8 @@ fn checked(
     let stage = check_stage(registry, args, stage_path)?;
     if let Stage::Offline { superblock, .. } | Stage::Online { superblock, .. } = &stage {
         check_room(superblock, stage_path, &args.name)?;
+        let others: Vec<_> = superblock.volumes.iter().map(|v| (v.name.clone(), v.uuid)).collect();
+        stacking::refuse(&others, &[stage_path, backing_path])?;
     }
     Ok((stage, backing, info))
 }

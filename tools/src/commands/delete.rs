@@ -1,13 +1,15 @@
 //! `delete`: takes a volume off its stage and forgets its name. Files and devices are the user's and stay.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::process::ExitCode;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::format::volume_entry::VolumeInfo;
 use tidegate_driver::io::FileDisk;
 use tidegate_ublk::Status;
 
-use super::by_server_or_here;
+use super::{attach, by_server_or_here};
 use crate::cli::Delete;
 use crate::client::Client;
 use crate::protocol::Request;
@@ -27,18 +29,7 @@ pub fn run(registry: &Registry, args: &Delete) -> Result<ExitCode> {
     match removed {
         Ok(()) => {}
         Err(e) if e.kind() == ErrorKind::Busy => return Err(e),
-        Err(e) if args.force => {
-            note = Some(match remove_offline(registry, &entry)? {
-                Ok(()) => {
-                    "its backing was not there: writes to it that were still in the stage are discarded"
-                        .into()
-                }
-                Err(other) if other.kind() == ErrorKind::NotFound => {
-                    format!("the stage may still list the volume: {}", e.report())
-                }
-                Err(other) => format!("the stage still lists the volume: {}; {}", e.report(), other.report()),
-            });
-        }
+        Err(e) if args.force => note = Some(remove_by_force(registry, &entry, e)?),
         Err(e) => {
             return Err(Error::new(
                 e.kind(),
@@ -78,13 +69,51 @@ fn look_for_backing(registry: &Registry, entry: &Entry) -> Result<()> {
     FileDisk::open_to_look(&entry.backing).map(drop).map_err(|e| e.within("backing"))
 }
 
-/// Takes the volume off its stage without its backing. The outer error: not now.
-fn remove_offline(registry: &Registry, entry: &Entry) -> Result<Result<()>> {
+/// Deletes a volume that cannot be removed because of `e`, if what it lacks is its own; what that means, for people. Nothing
+/// is discarded for the sake of another error: that can be repaired, or is another volume's.
+fn remove_by_force(registry: &Registry, entry: &Entry, e: Error) -> Result<String> {
+    let volume = match listed(entry) {
+        Ok(Some(volume)) => volume,
+        Ok(None) => {
+            refuse_if_served(registry, entry)?;
+            return Ok("the stage did not list the volume: only its name was deleted".to_owned());
+        }
+        Err(lost) => {
+            refuse_if_served(registry, entry)?;
+            return Ok(format!("only the name was deleted, for the stage cannot be read: {}", lost.report()));
+        }
+    };
+    let problem = FileDisk::open_to_look(&entry.backing)
+        .map_err(|e| e.within("backing"))
+        .and_then(|_| attach::refuse_other_backing(&entry.backing, entry.stage_uuid, &volume));
+    let Err(problem) = problem else {
+        return Err(
+            e.within("nothing is deleted, for the backing is there and the writes staged for it are good")
+        );
+    };
+    remove_offline(registry, entry)?;
+    let why = problem.report();
+    Ok(format!("writes for the volume that were still in the stage, if any, are discarded: {why}"))
+}
+
+/// The volume as its stage lists it.
+fn listed(entry: &Entry) -> Result<Option<VolumeInfo>> {
+    let superblock = engine::read_superblock(&FileDisk::open_to_look(&entry.stage)?)?.superblock;
+    if superblock.stage_uuid != entry.stage_uuid {
+        let what = format!("{} holds another stage, {}", entry.stage.display(), superblock.stage_uuid);
+        return Err(Error::new(ErrorKind::WrongDevice, what));
+    }
+    Ok(superblock.volumes.into_iter().find(|v| v.uuid == entry.volume_uuid))
+}
+
+/// Refuses what has a server or a device that waits for one.
+fn refuse_if_served(registry: &Registry, entry: &Entry) -> Result<File> {
     let dir = registry.stage_dir(entry.stage_uuid);
     let busy = |what: String| Err(Error::new(ErrorKind::Busy, what));
-    let Some(_lock) = dir.try_lock()? else {
+    let Some(lock) = dir.try_lock()? else {
         return busy(format!(
-            "the stage of '{}' has a server, which cannot use the backing: detach its other volumes first",
+            "the stage of '{}' has a server or a supervisor, which lacks the stage or the backing: detach the other volumes \
+             first; a supervisor without a device gives up by itself, within a minute",
             entry.name
         ));
     };
@@ -94,9 +123,12 @@ fn remove_offline(registry: &Registry, entry: &Entry) -> Result<Result<()>> {
             entry.name, entry.name
         ));
     }
+    Ok(lock)
+}
+
+/// Takes the volume off its stage without its backing, with what is staged for it.
+fn remove_offline(registry: &Registry, entry: &Entry) -> Result<()> {
+    let _lock = refuse_if_served(registry, entry)?;
     let opening = Opening { accept_loss: false, forget: Some(entry.volume_uuid) };
-    match Server::open(registry, entry.stage_uuid, opening).and_then(|server| server.close(true)) {
-        Err(e) if e.kind() == ErrorKind::Busy => Err(e),
-        outcome => Ok(outcome),
-    }
+    Server::open(registry, entry.stage_uuid, opening)?.close(true)
 }

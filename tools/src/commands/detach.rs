@@ -12,11 +12,11 @@ use tidegate_ublk::Status;
 use super::attach;
 use crate::cli::Detach;
 use crate::client::Client;
-use crate::engine;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry, StageDir};
 use crate::report::{self, Progress};
 use crate::size::human;
+use crate::{engine, links};
 
 /// How long the end of a server that has answered is waited for.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -33,7 +33,7 @@ pub fn run(registry: &Registry, args: &Detach) -> Result<ExitCode> {
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| show_progress(registry, &entry, &done));
         // A device whose server died is ended by a new one, which knows what is still to be flushed.
-        let outcome = attach::ask_or_start(registry, &entry, false, &request);
+        let outcome = attach::ask_or_start(registry, &entry, &request);
         done.store(true, Ordering::Release);
         outcome
     });
@@ -94,6 +94,7 @@ fn end_without_server(dir: &StageDir, entry: &Entry, problem: Error) -> Result<(
     }
     let Some((device_id, _)) = engine::device_of(entry.volume_uuid)? else { return Err(problem) };
     tidegate_ublk::delete(device_id)?;
+    links::remove(&entry.name, device_id);
     if let Some(mut runtime) = dir.runtime()? {
         runtime.devices.retain(|d| d.volume_uuid != entry.volume_uuid);
         dir.put_runtime(&runtime)?;

@@ -1,17 +1,19 @@
 //! `run`: one directory, one command, to try it out.
 
 use std::fs::{self, DirBuilder};
+use std::io::Write as _;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_ublk::Status;
 
 use super::{attach, create};
 use crate::cli::{Ack, Create, OnError, Run};
 use crate::registry::{Entry, Registry};
-use crate::server;
 use crate::size::Size;
+use crate::{engine, server};
 
 const SIZE_DEFAULT: Size = Size(1 << 30);
 const STAGE_SIZE: Size = Size(256 << 20);
@@ -27,7 +29,10 @@ pub fn run(registry: &Registry, args: &Run) -> Result<ExitCode> {
             let _ = fs::remove_dir(&args.dir);
         }
     })?;
-    server::foreground(registry, &entry, false, false)
+    match server::foreground(registry, &entry, false, false)? {
+        None => Ok(ExitCode::SUCCESS),
+        Some(left) => Err(Error::new(ErrorKind::Busy, left)),
+    }
 }
 
 fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
@@ -39,7 +44,17 @@ fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
     let dir = fs::canonicalize(&args.dir)
         .map_err(|e| Error::io(format!("cannot use the directory {}", args.dir.display()), e))?;
     let (stage, backing) = (dir.join("stage"), dir.join("backing"));
-    if let Some(entry) = registry.entries()?.into_iter().find(|e| e.stage == stage && e.backing == backing) {
+    let known = registry.entries()?.into_iter().find(|e| e.stage == stage && e.backing == backing);
+    if let Some(entry) = known.filter(|_| stage.exists() || backing.exists()) {
+        if let Some(gone) = [&stage, &backing].into_iter().find(|path| !path.exists()) {
+            let what = format!(
+                "volume '{}' has lost {}: bring the file back, or `tidegate delete --force {}` and remove the other one",
+                entry.name,
+                gone.display(),
+                entry.name
+            );
+            return Err(Error::new(ErrorKind::NotFound, what));
+        }
         if args.size.is_some() {
             let what = format!(
                 "{} holds volume '{}' already: leave --size out, or use resize",
@@ -50,6 +65,7 @@ fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
         }
         return Ok(entry);
     }
+    forget_cleared(registry, &stage, &backing)?;
     let name = free_name(registry, &dir)?;
     if stage.exists() && backing.exists() {
         // Made by a run under another state directory, perhaps under a name like that.
@@ -59,10 +75,41 @@ fn entry_of(registry: &Registry, args: &Run) -> Result<Entry> {
     Ok(entry)
 }
 
+/// Forgets volumes whose files were both removed, as directories for temporary files are cleared.
+fn forget_cleared(registry: &Registry, stage: &Path, backing: &Path) -> Result<()> {
+    if stage.exists() || backing.exists() {
+        return Ok(());
+    }
+    let _lock = registry.lock()?;
+    for entry in registry.entries()?.iter().filter(|e| e.stage == stage && e.backing == backing) {
+        if engine::device_of(entry.volume_uuid)?.is_some_and(|(_, status)| status != Status::Dead) {
+            let what = format!(
+                "the files of volume '{}' are gone while its device is there: `tidegate detach --force {}` first",
+                entry.name, entry.name
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        registry.remove(&entry.name)?;
+        let others = registry.entries()?.iter().any(|e| e.stage_uuid == entry.stage_uuid);
+        let dir = registry.stage_dir(entry.stage_uuid);
+        if !others && !dir.is_supervised() {
+            dir.remove();
+        }
+        let _ = writeln!(
+            std::io::stderr(),
+            "tidegate: note: {} and {} of volume '{}' are gone, and its data with them: it is made anew, empty",
+            stage.display(),
+            backing.display(),
+            entry.name
+        );
+    }
+    Ok(())
+}
+
 fn known_stage(registry: &Registry, dir: &Path, stage: PathBuf, backing: PathBuf) -> Result<Entry> {
     let disk = tidegate_driver::io::FileDisk::open_to_look(&stage)?;
     let superblock =
-        crate::engine::read_superblock(&disk).map_err(|e| e.within(format!("{}", dir.display())))?.superblock;
+        engine::read_superblock(&disk).map_err(|e| e.within(format!("{}", dir.display())))?.superblock;
     let [volume] = superblock.volumes.as_slice() else {
         let what = format!(
             "stage {} has {} volumes: attach them by name",
@@ -122,4 +169,25 @@ fn free_name(registry: &Registry, dir: &Path) -> Result<String> {
         ErrorKind::Exists,
         format!("the names '{base}' to '{base}-99' are taken: use another directory name"),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_were_cleared_away_are_made_anew_and_half_of_them_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let registry = Registry::new(&place.path().join("state")).unwrap();
+        let args = Run { dir: place.path().join("try"), size: None };
+        let first = entry_of(&registry, &args).unwrap();
+        assert_eq!(entry_of(&registry, &args).unwrap(), first, "known");
+        fs::remove_file(&first.backing).unwrap();
+        let error = entry_of(&registry, &args).unwrap_err();
+        assert!(error.kind() == ErrorKind::NotFound && error.report().contains("has lost"), "{error}");
+        fs::remove_dir_all(&args.dir).unwrap();
+        let second = entry_of(&registry, &args).unwrap();
+        assert!(second.name == first.name && second.volume_uuid != first.volume_uuid);
+        assert_eq!(registry.entries().unwrap(), [second]);
+    }
 }

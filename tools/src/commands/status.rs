@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Serialize;
-use tidegate_driver::base::{Error, Result};
+use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::FileDisk;
 use tidegate_driver::volume::status::{Health, RecoveryReport, StageStatus};
+use tidegate_ublk::Status as DeviceStatus;
 use uuid::Uuid;
 
 use crate::cli::Status;
@@ -18,7 +20,7 @@ use crate::client::Client;
 use crate::protocol::ServerStatus;
 use crate::registry::{Entry, Registry, Runtime};
 use crate::size::human;
-use crate::{engine, report};
+use crate::{engine, links, report};
 
 const WATCH: Duration = Duration::from_secs(1);
 
@@ -37,6 +39,8 @@ struct Listing {
 enum State {
     /// Its device is live.
     Attached,
+    /// Its device is live, and its server was told to end.
+    Ending,
     /// It has no device.
     Detached,
     /// Its server is starting: the device, if any, waits.
@@ -55,6 +59,7 @@ impl State {
     fn name(self) -> &'static str {
         match self {
             State::Attached => "attached",
+            State::Ending => "ending",
             State::Detached => "detached",
             State::Recovering => "recovering",
             State::Waiting => "waiting",
@@ -72,6 +77,8 @@ struct Volume {
     state: State,
     device: Option<String>,
     device_id: Option<u32>,
+    /// The stable name that leads to the device.
+    link: Option<PathBuf>,
     /// Process id of the server.
     pid: Option<u32>,
     /// The device came through the death of a server since the last attach.
@@ -84,12 +91,13 @@ struct Volume {
     stage_uuid: Uuid,
     backing: String,
     problem: Option<String>,
-    reads: u64,
-    writes: u64,
-    discards: u64,
-    flushes: u64,
-    read_bytes: u64,
-    write_bytes: u64,
+    /// Counters start with the server, and are `null` without one.
+    reads: Option<u64>,
+    writes: Option<u64>,
+    discards: Option<u64>,
+    flushes: Option<u64>,
+    read_bytes: Option<u64>,
+    write_bytes: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -113,7 +121,9 @@ struct Known {
     hangs: Option<Error>,
     runtime: Option<Runtime>,
     supervised: bool,
-    superblock: std::result::Result<Superblock, Error>,
+    /// The stage as it is on its device. Not looked at while a server answers, which knows better, and may have reason not
+    /// to be kept from its device.
+    superblock: Option<std::result::Result<Superblock, Error>>,
 }
 
 impl Known {
@@ -122,19 +132,87 @@ impl Known {
         let noted = || self.runtime.as_ref().filter(|_| self.hangs.is_some()).map(|r| r.server_pid);
         self.server.as_ref().map(|s| s.pid).or_else(noted)
     }
+
+    /// Process id of the supervisor, which without a server is the one that the last server noted.
+    fn supervisor_pid(&self) -> Option<u32> {
+        match &self.server {
+            Some(server) => server.supervisor_pid,
+            None => self.runtime.as_ref().filter(|_| self.supervised)?.supervisor_pid,
+        }
+    }
+
+    /// Why the stage cannot be read.
+    fn unread(&self) -> Option<&Error> {
+        self.superblock.as_ref()?.as_ref().err()
+    }
+
+    /// What is known of a volume: from the server, or else from the stage.
+    fn volume(&self, uuid: Uuid) -> Option<Info> {
+        if let Some(server) = &self.server {
+            let text = uuid.to_string();
+            let v = server.stage.volumes.iter().find(|v| v.uuid == text)?;
+            return Some(Info {
+                size_bytes: v.size_bytes,
+                block_bytes: v.block_bytes,
+                ack: v.ack,
+                on_log_error: v.on_log_error,
+            });
+        }
+        let v = self.superblock.as_ref()?.as_ref().ok()?.volumes.iter().find(|v| v.uuid == uuid)?;
+        Some(Info {
+            size_bytes: v.size_bytes,
+            block_bytes: v.block_bytes,
+            ack: v.ack,
+            on_log_error: v.on_log_error,
+        })
+    }
+
+    /// The device of a volume that has no server to ask. The kernel knows whether there is one; where it cannot be asked,
+    /// what the last server noted has to do.
+    fn left(&self, entry: &Entry) -> Option<Left> {
+        let state = match &self.runtime {
+            Some(runtime) if runtime.ended => State::Waiting,
+            _ => State::ServerDied,
+        };
+        match engine::device_of(entry.volume_uuid) {
+            Ok(None | Some((_, DeviceStatus::Dead))) => None,
+            // Somebody serves it whose socket is not there.
+            Ok(Some((device_id, DeviceStatus::Live))) => Some(Left { device_id, state: State::NotAnswering }),
+            Ok(Some((device_id, _))) => Some(Left { device_id, state }),
+            Err(_) => {
+                let mut noted = self.runtime.as_ref()?.devices.iter();
+                let device_id = noted.find(|d| d.volume_uuid == entry.volume_uuid)?.device_id;
+                Some(Left { device_id, state })
+            }
+        }
+    }
+}
+
+/// A device without a server that answers.
+struct Left {
+    device_id: u32,
+    state: State,
+}
+
+/// A volume's properties.
+struct Info {
+    size_bytes: u64,
+    block_bytes: u32,
+    ack: AckLevel,
+    on_log_error: OnLogError,
 }
 
 /// `status`.
 pub fn run(registry: &Registry, args: &Status) -> Result<ExitCode> {
     loop {
         let listing = list(registry, args.name.as_deref())?;
-        if args.json {
-            report::json(&listing)?;
+        let is_read = if args.json {
+            report::json(&listing)?
         } else {
             let clear = if args.watch { "\x1b[H\x1b[2J" } else { "" };
-            report::print(&format!("{clear}{}", render(&listing, args.name.is_some())))?;
-        }
-        if !args.watch {
+            report::print(&format!("{clear}{}", render(&listing, args.name.is_some())))?
+        };
+        if !args.watch || !is_read {
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(WATCH);
@@ -174,39 +252,39 @@ fn look_at(registry: &Registry, entry: &Entry) -> Known {
         Some(Err(e)) => (None, Some(e)),
         None => (None, None),
     };
-    let superblock = FileDisk::open_to_look(&entry.stage)
-        .and_then(|disk| engine::read_superblock(&disk))
-        .and_then(|read| {
-            if read.superblock.stage_uuid == entry.stage_uuid {
-                return Ok(read.superblock);
-            }
-            Err(Error::new(
-                tidegate_driver::base::ErrorKind::WrongDevice,
-                format!(
-                    "{} holds stage {}, not {}: find the right one, attach with --stage",
-                    entry.stage.display(),
-                    read.superblock.stage_uuid,
-                    entry.stage_uuid
-                ),
-            ))
-        });
+    let superblock = server.is_none().then(|| read_stage(entry));
     Known { server, hangs, runtime: dir.runtime().ok().flatten(), supervised, superblock }
+}
+
+fn read_stage(entry: &Entry) -> Result<Superblock> {
+    let superblock = engine::read_superblock(&FileDisk::open_to_look(&entry.stage)?)?.superblock;
+    if superblock.stage_uuid == entry.stage_uuid {
+        return Ok(superblock);
+    }
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!(
+            "{} holds stage {}, not {}: find the right one, attach with --stage",
+            entry.stage.display(),
+            superblock.stage_uuid,
+            entry.stage_uuid
+        ),
+    ))
 }
 
 fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
     let server = known.server.as_ref();
     let start_error = || registry.stage_dir(entry.stage_uuid).start_error().ok().flatten();
-    let problem = match (&server, &known.superblock) {
-        (Some(server), _) => server.stage.problem.clone(),
-        (None, _) if let Some(e) = &known.hangs => Some(e.report()),
-        (None, Err(e)) => Some(e.report()),
-        (None, Ok(_)) => start_error().map(|e| format!("the last start failed: {}", e.report())),
+    let problem = match (&server, &known.hangs, known.unread()) {
+        (Some(server), _, _) => server.stage.problem.clone(),
+        (None, Some(e), _) | (None, None, Some(e)) => Some(e.report()),
+        (None, None, None) => start_error().map(|e| format!("the last start failed: {}", e.report())),
     };
     Stage {
         uuid: entry.stage_uuid,
         path: entry.stage.display().to_string(),
         pid: known.pid(),
-        supervisor_pid: server.and_then(|s| s.supervisor_pid),
+        supervisor_pid: known.supervisor_pid(),
         log_file: registry.stage_dir(entry.stage_uuid).log_path().display().to_string(),
         problem,
         status: server.map(|s| s.stage.clone()),
@@ -217,40 +295,37 @@ fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
 fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let server = known.server.as_ref();
     let device = server.and_then(|s| s.devices.iter().find(|d| d.volume == entry.name));
-    let left = known.runtime.as_ref().filter(|_| server.is_none()).and_then(|r| {
-        r.devices.iter().find(|d| d.volume_uuid == entry.volume_uuid).map(|d| (r.ended, d.device_id))
-    });
-    let state = match (server, device, left) {
+    let left = if server.is_none() { known.left(entry) } else { None };
+    let state = match (server, device, &left) {
         (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
+        (Some(s), Some(_), _) if s.ending => State::Ending,
         (Some(_), Some(_), _) => State::Attached,
         (Some(_), None, _) => State::Detached,
         (None, _, _) if known.hangs.is_some() => State::NotAnswering,
         (None, _, _) if known.supervised => State::Recovering,
-        (None, _, Some((true, _))) => State::Waiting,
-        (None, _, Some((false, _))) => State::ServerDied,
-        (None, _, None) if known.superblock.is_err() => State::Error,
+        (None, _, Some(left)) => left.state,
+        (None, _, None) if known.unread().is_some() => State::Error,
         (None, _, None) => State::Detached,
     };
     let counters = server.and_then(|s| s.stage.volumes.iter().find(|v| v.name == entry.name));
-    let superblock = known.superblock.as_ref().ok();
-    let info = superblock.and_then(|s| s.volumes.iter().find(|v| v.uuid == entry.volume_uuid));
-    let missing = (superblock.is_some() && info.is_none()).then(|| {
+    let info = known.volume(entry.volume_uuid);
+    let missing = (known.unread().is_none() && info.is_none()).then(|| {
         format!("the stage does not list it: `tidegate delete --force {}` forgets the name", entry.name)
     });
-    let unread = known.superblock.as_ref().err().filter(|_| server.is_none()).map(Error::report);
-    let device_id = device.map(|d| d.device_id).or(left.map(|(_, id)| id));
+    let device_id = device.map(|d| d.device_id).or(left.map(|l| l.device_id));
     Volume {
         name: entry.name.clone(),
         uuid: entry.volume_uuid,
         state,
         device: device_id.map(|id| tidegate_ublk::info::block_path(id).display().to_string()),
         device_id,
+        link: device_id.and_then(|id| links::of(&entry.name, id)),
         pid: known.pid(),
         recovered: device.is_some_and(|d| d.recovered),
-        size_bytes: counters.map(|v| v.size_bytes).or(info.map(|i| i.size_bytes)),
-        block_bytes: info.map(|i| i.block_bytes),
-        ack: info.map(|i| i.ack),
-        on_log_error: info.map(|i| i.on_log_error),
+        size_bytes: info.as_ref().map(|i| i.size_bytes),
+        block_bytes: info.as_ref().map(|i| i.block_bytes),
+        ack: info.as_ref().map(|i| i.ack),
+        on_log_error: info.as_ref().map(|i| i.on_log_error),
         stage: entry.stage.display().to_string(),
         stage_uuid: entry.stage_uuid,
         backing: entry.backing.display().to_string(),
@@ -258,13 +333,13 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
             .and_then(|v| v.problem.clone())
             .or(device.and_then(|d| d.problem.clone()))
             .or(missing)
-            .or(unread),
-        reads: counters.map_or(0, |v| v.reads),
-        writes: counters.map_or(0, |v| v.writes),
-        discards: counters.map_or(0, |v| v.discards),
-        flushes: counters.map_or(0, |v| v.flushes),
-        read_bytes: counters.map_or(0, |v| v.read_bytes),
-        write_bytes: counters.map_or(0, |v| v.write_bytes),
+            .or(known.unread().map(Error::report)),
+        reads: counters.map(|v| v.reads),
+        writes: counters.map(|v| v.writes),
+        discards: counters.map(|v| v.discards),
+        flushes: counters.map(|v| v.flushes),
+        read_bytes: counters.map(|v| v.read_bytes),
+        write_bytes: counters.map(|v| v.write_bytes),
     }
 }
 
@@ -328,10 +403,19 @@ fn details(listing: &Listing, text: &mut String) {
     for v in &listing.volumes {
         row("uuid", v.uuid.to_string());
         row("block size", v.block_bytes.map_or("-".into(), |b| b.to_string()));
-        row("reads", format!("{} ({})", v.reads, human(v.read_bytes)));
-        row("writes", format!("{} ({})", v.writes, human(v.write_bytes)));
-        row("discards", v.discards.to_string());
-        row("flushes", v.flushes.to_string());
+        if let Some(link) = &v.link {
+            row("link", link.display().to_string());
+        }
+        for (key, count, bytes) in [
+            ("reads", v.reads, v.read_bytes),
+            ("writes", v.writes, v.write_bytes),
+            ("discards", v.discards, None),
+            ("flushes", v.flushes, None),
+        ] {
+            if let Some(count) = count {
+                row(key, bytes.map_or(count.to_string(), |bytes| format!("{count} ({})", human(bytes))));
+            }
+        }
     }
     for s in &listing.stages {
         row("stage", s.path.clone());

@@ -29,51 +29,122 @@ const IDLE_LOOK_MS: u16 = 5000;
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
+/// What a server listens with. Made before it takes a device over: afterwards nothing may go wrong any more.
+pub struct Ear {
+    signals: Signals,
+    /// Written to by whoever has ended the server.
+    end: Arc<UnixStream>,
+    ended: UnixStream,
+}
+
+impl Ear {
+    /// Ears for a server that ends by `signals`.
+    pub fn new(signals: Signals) -> Result<Ear> {
+        let (end, ended) =
+            UnixStream::pair().map_err(|e| Error::io("cannot set up the server's control", e))?;
+        Ok(Ear { signals, end: Arc::new(end), ended })
+    }
+
+    /// Waits for a signal, an end or a command: which of them there is.
+    fn wait(&self, listener: Option<&UnixListener>) -> [bool; 3] {
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(listener.map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)));
+        if let Err(e) = poll(&mut fds, PollTimeout::from(IDLE_LOOK_MS))
+            && e != Errno::EINTR
+        {
+            // For want of memory: clients of the device do not depend on this.
+            tracing::warn!("cannot wait for commands: {e}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let is_ready = |i: usize| fds.get(i).is_some_and(|fd| fd.any().unwrap_or(true));
+        [is_ready(0), is_ready(1), is_ready(2)]
+    }
+}
+
+/// Listens for commands. A server that cannot is no worse for the clients of its devices: it tries again now and then.
+fn listen(server: &Server, is_known: &mut bool) -> Option<UnixListener> {
+    let listener = crate::client::listen(&server.dir).and_then(|listener| {
+        listener.set_nonblocking(true).map_err(|e| Error::io("cannot set up the control socket", e))?;
+        Ok(listener)
+    });
+    match &listener {
+        Err(e) if !std::mem::replace(is_known, true) => {
+            tracing::warn!("serving without commands, which is tried again: {}", e.report());
+        }
+        _ => {}
+    }
+    listener.ok()
+}
+
 /// Serves until the last detach, a shutdown request, SIGTERM or SIGINT.
-pub fn run(server: &Arc<Server>, listener: &UnixListener, signals: &Signals) -> Result<ExitCode> {
-    let fail = |what: &str, e: std::io::Error| Error::io(format!("cannot {what} the control socket"), e);
-    listener.set_nonblocking(true).map_err(|e| fail("set up", e))?;
-    let (end, ended) = UnixStream::pair().map_err(|e| fail("set up", e))?;
-    let end = Arc::new(end);
+pub fn run(server: &Arc<Server>, ear: &Ear) -> ExitCode {
     let connections = Arc::new(AtomicUsize::new(0));
+    let mut is_known = false;
+    let mut listener = listen(server, &mut is_known);
     tracing::info!("serving, process {}", std::process::id());
     retry_in_thread(server);
     let mut idle_since = Instant::now();
+    let mut told_to_end = false;
     loop {
-        let mut fds = [
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(ended.as_fd(), PollFlags::POLLIN),
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, PollTimeout::from(IDLE_LOOK_MS)) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(fail("watch", e.into())),
-        }
-        let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
-        let (signalled, finished, called) = (is_ready(&fds[0]), is_ready(&fds[1]), is_ready(&fds[2]));
-        while let (true, Some(signal)) = (signalled, signals.next()) {
+        let [signalled, finished, called] = ear.wait(listener.as_ref());
+        while let (true, Some(signal)) = (signalled, ear.signals.next()) {
             match signal {
                 Signal::SIGHUP => tracing::info!("SIGHUP ignored"),
+                other if std::mem::replace(&mut told_to_end, true) => {
+                    tracing::info!("{other}: ending already")
+                }
                 other => {
                     tracing::info!("{other}: ending");
-                    server.terminate();
-                    return Ok(ExitCode::SUCCESS);
+                    terminate_in_thread(server, &ear.end);
                 }
             }
         }
         if finished {
             tracing::info!("ended in order");
-            return Ok(ExitCode::SUCCESS);
+            return ExitCode::SUCCESS;
         }
-        if !server.is_idle() {
+        server.forget_ended();
+        if !server.is_idle() || server.is_ending() {
             idle_since = Instant::now();
         } else if idle_since.elapsed() > IDLE && server.end_if_idle() {
             tracing::info!("nothing to serve: ended");
-            return Ok(ExitCode::SUCCESS);
+            return ExitCode::SUCCESS;
         }
-        if called && let Ok((stream, _)) = listener.accept() {
-            answer_in_thread(server, stream, &end, &connections);
+        if listener.is_none() {
+            listener = listen(server, &mut is_known);
+        } else if called && let Some(Ok((stream, _))) = listener.as_ref().map(UnixListener::accept) {
+            answer_in_thread(server, stream, &ear.end, &connections);
         }
+    }
+}
+
+/// Ends the server beside the commands, which learn that it is ending.
+fn terminate_in_thread(server: &Arc<Server>, end: &Arc<UnixStream>) {
+    // From now on commands other than `status` are turned away.
+    server.begin_end();
+    let work = {
+        let (server, end) = (Arc::clone(server), Arc::clone(end));
+        move || {
+            server.terminate();
+            finish(&end);
+        }
+    };
+    if let Err(e) = std::thread::Builder::new().name("terminate".into()).spawn(work) {
+        tracing::warn!("cannot start a thread for the end: {e}; no command is answered meanwhile");
+        server.terminate();
+        finish(end);
+    }
+}
+
+/// Has the server's loop end.
+fn finish(end: &UnixStream) {
+    use std::io::Write;
+    let mut end = end;
+    if let Err(e) = end.write_all(&[1]) {
+        tracing::error!("cannot end the server's loop: {e}");
     }
 }
 
@@ -142,8 +213,7 @@ fn answer(server: &Server, stream: UnixStream, end: &UnixStream) -> std::io::Res
     }
     let sent = protocol::send(&mut &stream, &answer_of(outcome));
     if ended {
-        use std::io::Write;
-        (&*end).write_all(&[1])?;
+        finish(end);
     }
     sent
 }

@@ -13,7 +13,9 @@ use tidegate_ublk::info::block_path;
 use tidegate_ublk::{Device, Start, Status, StopMode, sys};
 
 use super::Server;
+use super::state::close;
 use crate::engine::{self, Doors};
+use crate::links;
 use crate::protocol::{DeviceStatus, ServerStatus};
 
 /// How long requests in flight may take when a device is handed over.
@@ -58,8 +60,13 @@ impl Server {
     /// Takes over the devices that a server which died left waiting. Those that cannot be taken over go on waiting.
     pub fn recover_devices(&self) -> Result<()> {
         let _one = self.operations.lock();
+        // All are looked for before the first is taken over: from then on nothing may end this process.
+        let mut found = Vec::new();
         for volume in self.engine.volumes() {
-            match engine::device_of(volume.uuid)? {
+            found.push((engine::device_of(volume.uuid)?, volume));
+        }
+        for (device, volume) in found {
+            match device {
                 None => {}
                 // Ended, or added and never started, when its server died: nobody waits for it.
                 Some((device_id, Status::Dead)) => {
@@ -127,6 +134,7 @@ impl Server {
         let doors = Doors { engine: Arc::clone(&self.engine), volume: volume.id };
         let device = Device::start(&config, start, Arc::new(doors))?;
         let path = device.path();
+        links::make(&volume.name, device.id());
         let attached = Attached {
             device_id: device.id(),
             path: path.clone(),
@@ -138,16 +146,30 @@ impl Server {
         Ok(path)
     }
 
+    /// Lets go of devices that another program has stopped or deleted.
+    pub fn forget_ended(&self) {
+        let mut forgotten = false;
+        self.attached.lock().retain(|name, attached| {
+            // One that is locked is being stopped or resized, by us.
+            let ended = attached.device.try_lock().is_some_and(|device| device.ended_by_others());
+            if ended {
+                tracing::warn!("{} of volume '{name}' was ended by somebody else", attached.path.display());
+                links::remove(name, attached.device_id);
+            }
+            forgotten |= ended;
+            !ended
+        });
+        if forgotten {
+            self.note_runtime();
+        }
+    }
+
     /// Attaches a volume; the path of its device. One that came through a crash is there already: that is no error once.
     pub fn attach(&self, name: &str) -> Result<String> {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
-        let mut attached = self.attached.lock();
-        if attached.get(name).is_some_and(|a| a.device.try_lock().is_some_and(|d| d.ended())) {
-            tracing::warn!("the device of volume '{name}' was ended by somebody else");
-            attached.remove(name);
-        }
-        if let Some(device) = attached.get_mut(name) {
+        self.forget_ended();
+        if let Some(device) = self.attached.lock().get_mut(name) {
             let path = device.path.display().to_string();
             if std::mem::take(&mut device.recovered) {
                 return Ok(path);
@@ -157,7 +179,6 @@ impl Server {
                 format!("volume '{name}' is attached already, as {path}"),
             ));
         }
-        drop(attached);
         let path = self.start(&volume)?;
         if let Some(device) = self.attached.lock().get_mut(name) {
             device.recovered = false;
@@ -201,8 +222,11 @@ impl Server {
                 Error::new(e.kind(), what)
             })?;
         }
-        let device = self.attached.lock().get(name).map(|a| (Arc::clone(&a.device), a.path.clone()));
-        let Some((device, path)) = device else { return Err(crate::commands::detach::not_attached(name)) };
+        let device =
+            self.attached.lock().get(name).map(|a| (Arc::clone(&a.device), a.path.clone(), a.device_id));
+        let Some((device, path, device_id)) = device else {
+            return Err(crate::commands::detach::not_attached(name));
+        };
         if force {
             stop_within(&device, StopMode::Force).ok_or_else(|| {
                 let what = format!(
@@ -216,6 +240,7 @@ impl Server {
         } else {
             device.lock().stop(StopMode::RefuseIfOpen).map_err(|e| busy(e, name, &path))?;
         }
+        links::remove(name, device_id);
         self.attached.lock().remove(name);
         Ok(path)
     }
@@ -225,6 +250,7 @@ impl Server {
         let device_id = self.waiting.lock().get(name).map(|w| w.device_id);
         let Some(device_id) = device_id else { return Err(crate::commands::detach::not_attached(name)) };
         tidegate_ublk::delete(device_id)?;
+        links::remove(name, device_id);
         self.waiting.lock().remove(name);
         Ok(block_path(device_id))
     }
@@ -233,14 +259,30 @@ impl Server {
     /// returns, everything that was accepted is safe.
     pub fn terminate(&self) {
         self.begin_end();
-        let _one = self.operations.lock();
+        match self.operations.try_lock_for(HAND_OVER) {
+            Some(_one) => self.end_all(),
+            None => {
+                tracing::error!(
+                    "an operation does not end: devices are left for the next server as after a crash"
+                );
+                self.make_durable_within();
+            }
+        }
+        self.note_runtime();
+        self.set_done();
+    }
+
+    fn end_all(&self) {
         let mut left = Vec::new();
         let mut stuck = false;
+        let attached = self.attached.lock();
         let devices: Vec<_> =
-            self.attached.lock().iter().map(|(name, a)| (name.clone(), Arc::clone(&a.device))).collect();
-        for (name, device) in devices {
+            attached.iter().map(|(name, a)| (name.clone(), a.device_id, Arc::clone(&a.device))).collect();
+        drop(attached);
+        for (name, device_id, device) in devices {
             let problem = match stop_within(&device, StopMode::RefuseIfOpen) {
                 Some(Ok(())) => {
+                    links::remove(&name, device_id);
                     self.attached.lock().remove(&name);
                     continue;
                 }
@@ -257,41 +299,87 @@ impl Server {
         }
         if stuck {
             // Its requests are sent again to the next server, which finds the arena and goes on.
-            let engine = Arc::clone(&self.engine);
-            match within(HAND_OVER, move || engine.make_durable()) {
-                Some(Ok(())) => {}
-                Some(Err(e)) => tracing::error!("{}", e.report()),
-                None => {
-                    tracing::error!("the stage does not answer: what it does not hold is in shared memory")
-                }
-            }
+            self.make_durable_within();
         } else if left.is_empty() {
             self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));
         } else {
             self.leave_waiting(&left);
         }
-        self.note_runtime();
     }
 
+    /// Leaves devices that are in use for the next server. Takes no longer than a few times [`HAND_OVER`]: a backing that
+    /// fails, or a stage that is full because of it, must not keep the process from ending.
     fn leave_waiting(&self, devices: &[Arc<Mutex<Device>>]) {
         // While they are served, so that clients pause for as short as possible.
-        if let Err(e) = self.engine.drain() {
-            tracing::error!("not everything is on the backings: {}", e.report());
-            self.engine.make_durable().unwrap_or_else(|e| tracing::error!("{}", e.report()));
+        let engine = Arc::clone(&self.engine);
+        let drained = match within(HAND_OVER, move || engine.drain()) {
+            Some(Ok(())) => true,
+            Some(Err(e)) => {
+                tracing::error!("not everything is on the backings: {}", e.report());
+                false
+            }
+            None => {
+                let patience = HAND_OVER.as_secs();
+                tracing::error!(
+                    "not everything is on the backings after {patience} s: the rest stays in the stage"
+                );
+                false
+            }
+        };
+        if !drained && !self.make_durable_within() {
+            return;
         }
-        let quiet = devices.iter().filter(|d| d.lock().quiesce(HAND_OVER).is_ok()).count();
-        if quiet == devices.len() {
-            self.close(true).unwrap_or_else(|e| tracing::error!("{}", e.report()));
+        let problems: Vec<String> = devices.iter().filter_map(quiesce_within).collect();
+        if problems.is_empty() {
+            self.close_within(drained, HAND_OVER);
         } else {
             // The kernel sends what these devices have in flight again, to the next server; the arena is still there.
-            tracing::info!(
-                "this kernel does not hand devices over: the next server recovers them as after a crash"
-            );
+            let why = problems.join("; ");
+            tracing::info!("the next server recovers the devices as after a crash: {why}");
         }
+    }
+
+    /// As [`Server::close`]; a stage that takes longer is left as after a crash.
+    fn close_within(&self, flush: bool, patience: Duration) {
+        let engine = Arc::clone(&self.engine);
+        match within(patience, move || close(&engine, flush)) {
+            Some(Ok(())) => {}
+            Some(Err(e)) => tracing::error!("{}", e.report()),
+            None => tracing::error!(
+                "the stage is not closed after {} s: left as after a crash",
+                patience.as_secs()
+            ),
+        }
+    }
+
+    /// Makes everything accepted durable on the log device. Whether it is, before the patience is over.
+    fn make_durable_within(&self) -> bool {
+        let engine = Arc::clone(&self.engine);
+        match within(HAND_OVER, move || engine.make_durable()) {
+            Some(Ok(())) => return true,
+            Some(Err(e)) => tracing::error!("{}", e.report()),
+            None => tracing::error!("the stage does not answer: what it does not hold is in shared memory"),
+        }
+        false
+    }
+
+    /// What is left waiting for another server once this one has ended, in words.
+    pub fn left_behind(&self) -> Option<String> {
+        let attached = self.attached.lock();
+        let (name, device) = attached.iter().next()?;
+        let path = device.path.display();
+        let mounts = mounts_of(&device.path);
+        let used =
+            if mounts.is_empty() { "open".to_owned() } else { format!("mounted on {}", mounts.join(", ")) };
+        Some(format!(
+            "{path} is still {used}: it waits for a server, nothing is lost; `tidegate attach {name}` serves it again, then \
+             unmount it and `tidegate detach {name}`"
+        ))
     }
 
     /// What `status` tells.
     pub fn status(&self) -> ServerStatus {
+        self.forget_ended();
         let devices = self
             .attached
             .lock()
@@ -316,6 +404,7 @@ impl Server {
         ServerStatus {
             pid: std::process::id(),
             supervisor_pid: self.supervisor(),
+            ending: self.is_ending(),
             devices,
             stage: self.engine.status(),
             recovery: self.engine.recovery(),
@@ -327,9 +416,9 @@ impl Server {
         self.attached.lock().is_empty() && self.waiting.lock().is_empty()
     }
 
-    /// Ends a server that has nothing to serve. Whether it is ended.
+    /// Ends a server that has nothing to serve. Whether it has ended.
     pub fn end_if_idle(&self) -> bool {
-        let Ok(_one) = self.begin() else { return true };
+        let Ok(_one) = self.begin() else { return self.is_done() };
         if !self.is_idle() {
             return false;
         }
@@ -345,6 +434,17 @@ fn stop_within(device: &Arc<Mutex<Device>>, mode: StopMode) -> Option<Result<()>
     within(HAND_OVER, move || device.lock().stop(mode))
 }
 
+/// Hands a device over; why it could not be, in words. It waits for requests in flight itself, but only once they are
+/// with the kernel's driver.
+fn quiesce_within(device: &Arc<Mutex<Device>>) -> Option<String> {
+    let device = Arc::clone(device);
+    match within(HAND_OVER * 2, move || device.lock().quiesce(HAND_OVER)) {
+        Some(Ok(())) => None,
+        Some(Err(e)) => Some(e.report()),
+        None => Some("a device does not end".to_owned()),
+    }
+}
+
 /// Does `work` in a thread of its own; `None` if it takes longer, and goes on.
 fn within(patience: Duration, work: impl FnOnce() -> Result<()> + Send + 'static) -> Option<Result<()>> {
     let (sender, outcome) = mpsc::channel();
@@ -358,13 +458,18 @@ fn within(patience: Duration, work: impl FnOnce() -> Result<()> + Send + 'static
     }
 }
 
+/// Where a device is mounted, as process 1 sees it.
+fn mounts_of(path: &Path) -> Vec<String> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).map(|m| mount_points(m.rdev())).unwrap_or_default()
+}
+
 /// The refusal to stop a device, with the mount points as process 1 sees them.
 fn busy(e: Error, name: &str, path: &Path) -> Error {
-    use std::os::unix::fs::MetadataExt;
     if e.kind() != ErrorKind::Busy {
         return e;
     }
-    let mounts = std::fs::metadata(path).map(|m| mount_points(m.rdev())).unwrap_or_default();
+    let mounts = mounts_of(path);
     let (who, what_to_do) = if mounts.is_empty() {
         let who = e.report();
         (who.split(": close or unmount").next().unwrap_or_default().to_owned(), "close")

@@ -21,11 +21,13 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
 
 use crate::cli::Serve;
 use crate::commands::attach::print_device;
@@ -64,41 +66,48 @@ pub fn start_logging() {
         .try_init();
 }
 
+/// Notes why a start failed (`None`: it did not) for those who wait for it. That it cannot be noted changes nothing.
+fn note_start_error(dir: &StageDir, error: Option<&Error>) {
+    if let Err(e) = dir.put_start_error(error) {
+        tracing::warn!("cannot note how the start went: {}", e.report());
+    }
+}
+
+/// Makes this process a server of `stage`: opens it and takes its devices over. From then on clients depend on it, and
+/// nothing that is only bookkeeping may end it.
+fn open(registry: &Registry, stage: Uuid, accept_loss: bool, supervisor: Option<u32>) -> Result<Arc<Server>> {
+    let noted = registry.stage_dir(stage).arena_dir();
+    let arena_dir = crate::engine::arena_dir();
+    let needed: Vec<&Path> = [registry.dir(), &arena_dir].into_iter().chain(noted.as_deref()).collect();
+    namespace::prepare(&needed);
+    let mut server = Server::open(registry, stage, Opening { accept_loss, forget: None })?;
+    server.set_supervisor(supervisor);
+    let server = Arc::new(server);
+    server.recover_devices()?;
+    server.note_runtime();
+    Ok(server)
+}
+
 /// `serve`: started by the supervisor.
 pub fn serve(registry: &Registry, args: &Serve) -> Result<ExitCode> {
     let signals = Signals::block()?;
     start_logging();
-    let dir = registry.stage_dir(args.stage.stage);
-    let started = (|| {
-        namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
-        let mut server = Server::open(
-            registry,
-            args.stage.stage,
-            Opening { accept_loss: args.stage.accept_loss, forget: None },
-        )?;
-        server.set_supervisor(args.supervisor);
-        let server = Arc::new(server);
-        server.recover_devices()?;
-        let listener = crate::client::listen(&dir)?;
-        Ok((server, listener))
-    })();
-    match started {
-        Ok((server, listener)) => {
-            server.note_runtime();
-            dir.put_start_error(None)?;
-            control::run(&server, &listener, &signals)
-        }
-        Err(e) => {
-            let e: Error = e;
-            tracing::error!("cannot start: {}", e.report());
-            dir.put_start_error(Some(&e))?;
-            Err(e)
-        }
-    }
+    let stage = args.stage.stage;
+    let dir = registry.stage_dir(stage);
+    let started = control::Ear::new(signals)
+        .and_then(|ear| Ok((open(registry, stage, dir.take_accept_loss(), args.supervisor)?, ear)));
+    note_start_error(&dir, started.as_ref().err());
+    let (server, ear) = started.inspect_err(|e| tracing::error!("cannot start: {}", e.report()))?;
+    Ok(control::run(&server, &ear))
 }
 
-/// Serves in this process until SIGTERM, SIGINT or the last detach.
-pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: bool) -> Result<ExitCode> {
+/// Serves in this process until SIGTERM, SIGINT or the last detach. Devices that are left waiting then, in words.
+pub fn foreground(
+    registry: &Registry,
+    entry: &Entry,
+    accept_loss: bool,
+    json: bool,
+) -> Result<Option<String>> {
     let dir = registry.stage_dir(entry.stage_uuid);
     let Some(_lock) = dir.try_lock()? else {
         return Err(Error::new(
@@ -109,15 +118,11 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
             ),
         ));
     };
-    let signals = Signals::block()?;
+    let ear = control::Ear::new(Signals::block()?)?;
     start_logging();
     // While its socket can be reached: /run is among the mounts that are dropped.
     let systemd = systemd_socket();
-    namespace::prepare(&[registry.dir(), &crate::engine::arena_dir()]);
-    let server = Arc::new(Server::open(registry, entry.stage_uuid, Opening { accept_loss, forget: None })?);
-    server.recover_devices()?;
-    let listener = crate::client::listen(&dir)?;
-    server.note_runtime();
+    let server = open(registry, entry.stage_uuid, accept_loss, None)?;
     let device = match server.attach(&entry.name) {
         Ok(device) => device,
         Err(e) => {
@@ -125,12 +130,14 @@ pub fn foreground(registry: &Registry, entry: &Entry, accept_loss: bool, json: b
             return Err(e);
         }
     };
+    note_start_error(&dir, None);
     if let Err(e) = print_device(entry, &device, json) {
         // It is served all the same.
         tracing::warn!("{}", e.report());
     }
     tell_systemd(systemd.as_ref(), "READY=1");
-    control::run(&server, &listener, &signals)
+    control::run(&server, &ear);
+    Ok(server.left_behind())
 }
 
 /// A socket to systemd, if it started this process and wants to know how it does.

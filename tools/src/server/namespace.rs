@@ -16,6 +16,7 @@ use std::sync::OnceLock;
 use nix::mount::{MntFlags, umount2};
 use tidegate_driver::base::{Error, Result};
 use tidegate_driver::io::FileDisk;
+use tidegate_driver::io::file::look_below;
 use tidegate_ublk::process::harden;
 
 /// The root directory as it was before, if there is an own namespace.
@@ -24,18 +25,20 @@ static OUTSIDE: OnceLock<File> = OnceLock::new();
 /// Makes the process one that may serve a device. `needed`: paths that it goes on using as they are.
 pub fn prepare(needed: &[&Path]) {
     let outside = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/");
-    let before = fs::read_link("/proc/self/ns/mnt").ok();
-    for warning in harden() {
+    let hardened = harden();
+    for warning in &hardened.warnings {
         tracing::warn!("{warning}");
     }
-    if before.is_none() || fs::read_link("/proc/self/ns/mnt").ok() == before {
-        // No own namespace: dropping mounts would drop everybody's.
+    if !hardened.own_mounts {
+        // Dropping mounts would drop everybody's.
         return;
     }
     // Mounts are compared by name: the links, and where they lead.
     let needed: Vec<PathBuf> = needed.iter().flat_map(|path| [path.to_path_buf(), resolved(path)]).collect();
     match outside {
         Ok(root) => {
+            // The kernel names the files of loop devices by their paths there.
+            look_below(below(&root, Path::new("/")));
             // Set once: a process prepares itself once.
             let _ = OUTSIDE.set(root);
             drop_mounts(&needed);

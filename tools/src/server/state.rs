@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::devices::{Attached, Waiting};
 use super::namespace::open_exclusive;
-use crate::engine::{self, Engine, NewVolume};
+use crate::engine::{self, Engine, EngineConfig, NewVolume};
 use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id};
 
 /// A stage with its engine open, in this process.
@@ -25,6 +25,7 @@ use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id
 pub struct Server {
     registry: Registry,
     pub(super) dir: StageDir,
+    arena_dir: PathBuf,
     pub(super) engine: Arc<Engine>,
     pub(super) stage: Arc<FileDisk>,
     supervisor: Option<u32>,
@@ -36,6 +37,8 @@ pub struct Server {
     /// Nothing more is accepted.
     ending: AtomicBool,
     closed: AtomicBool,
+    /// The end is over.
+    done: AtomicBool,
 }
 
 /// How to open a stage.
@@ -57,19 +60,7 @@ impl Server {
         let Some(entry) = entries.first() else {
             return Err(Error::new(ErrorKind::NotFound, format!("no volume is on stage {uuid}")));
         };
-        let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
-        let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
-        if superblock.stage_uuid != uuid {
-            return Err(Error::new(
-                ErrorKind::WrongDevice,
-                format!(
-                    "{} holds stage {}, expected {uuid}: the device was replaced or its name has changed; name the right one \
-                     with attach --stage",
-                    entry.stage.display(),
-                    superblock.stage_uuid
-                ),
-            ));
-        }
+        let (stage, superblock) = open_stage(entry)?;
         let forget = match opening.forget {
             None => None,
             Some(volume) => {
@@ -83,8 +74,21 @@ impl Server {
         };
         let (mut backings, missing) = open_backings(&superblock, &entries, &stage);
         let list = backings.iter().map(|(id, disk)| (*id, Arc::clone(disk))).collect();
-        let engine = engine::open(Arc::clone(&stage), list, opening.accept_loss, forget)
-            .map_err(|e| explain(e, &superblock, &missing))?;
+        let dir = registry.stage_dir(uuid);
+        let noted = dir.arena_dir();
+        let arena_dir = engine::arena_dir_of(uuid, noted.clone());
+        let config = EngineConfig {
+            stage: Arc::clone(&stage),
+            backings: list,
+            arena_dir: arena_dir.clone(),
+            accept_loss: opening.accept_loss,
+            forget,
+        };
+        let engine = Engine::open(config)
+            .map_err(|e| explain(engine::explain_loss(e, noted.as_deref()), &superblock, &missing))?;
+        if let Err(e) = dir.make().and_then(|()| dir.put_arena_dir(&arena_dir)) {
+            tracing::warn!("cannot note for the next server where the arena is: {}", e.report());
+        }
         // What the engine did not accept is tried again when it is needed, at the place that holds then.
         backings.retain(|id, disk| {
             Some(*id) != forget
@@ -101,9 +105,10 @@ impl Server {
         if repaired > 0 {
             tracing::warn!("{}: {repaired} damaged superblock copies were written again", stage.name());
         }
-        let server = Server {
+        Ok(Server {
             registry: registry.clone(),
-            dir: registry.stage_dir(uuid),
+            dir,
+            arena_dir,
             engine,
             stage,
             supervisor: None,
@@ -113,9 +118,8 @@ impl Server {
             backings: backings.into(),
             ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-        };
-        server.dir.make()?;
-        Ok(server)
+            done: AtomicBool::new(false),
+        })
     }
 
     /// Remembers who restarts this process.
@@ -233,15 +237,19 @@ impl Server {
         if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        self.engine.close(flush).or_else(|e| {
-            if flush {
-                self.engine.close(false)?;
-            }
-            Err(Error::new(
-                e.kind(),
-                format!("not everything could be flushed, the rest stays in the stage: {}", e.report()),
-            ))
-        })
+        let outcome = close(&self.engine, flush);
+        self.set_done();
+        outcome
+    }
+
+    /// From now on the process may end.
+    pub(super) fn set_done(&self) {
+        self.done.store(true, Ordering::Release);
+    }
+
+    /// Whether it has ended, and not only begun to.
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
     }
 
     /// Notes for others what this server does. That it cannot be noted is no reason to stop serving.
@@ -263,6 +271,7 @@ impl Server {
             supervisor_pid: self.supervisor,
             ended: self.is_ending(),
             devices,
+            arena_dir: Some(self.arena_dir.clone()),
         };
         if let Err(e) = self.dir.put_runtime(&runtime) {
             tracing::warn!("{}", e.report());
@@ -270,7 +279,39 @@ impl Server {
     }
 }
 
+/// Closes an engine; if it cannot flush, what is staged stays in the stage.
+pub(super) fn close(engine: &Engine, flush: bool) -> Result<()> {
+    engine.close(flush).or_else(|e| {
+        if flush {
+            engine.close(false)?;
+        }
+        Err(Error::new(
+            e.kind(),
+            format!("not everything could be flushed, the rest stays in the stage: {}", e.report()),
+        ))
+    })
+}
+
 type Backings = (BTreeMap<VolumeId, Arc<FileDisk>>, BTreeMap<VolumeId, Error>);
+
+/// Opens the stage where `entry` says it is.
+fn open_stage(entry: &Entry) -> Result<(Arc<FileDisk>, Superblock)> {
+    let stage = Arc::new(open_exclusive(&entry.stage).map_err(|e| e.within("stage"))?);
+    let superblock = engine::read_superblock(&*stage).map_err(|e| e.within("stage"))?.superblock;
+    if superblock.stage_uuid == entry.stage_uuid {
+        return Ok((stage, superblock));
+    }
+    Err(Error::new(
+        ErrorKind::WrongDevice,
+        format!(
+            "{} holds stage {}, expected {}: the device was replaced or its name has changed; name the right one with \
+             attach --stage",
+            entry.stage.display(),
+            superblock.stage_uuid,
+            entry.stage_uuid
+        ),
+    ))
+}
 
 /// Opens the backings of all volumes, where the registry or else the superblock says they are.
 fn open_backings(superblock: &Superblock, entries: &[Entry], stage: &FileDisk) -> Backings {

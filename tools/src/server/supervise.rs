@@ -2,7 +2,6 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, ExitStatus};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -20,16 +19,28 @@ use crate::signals::Signals;
 pub const ALREADY: u8 = 75;
 /// A server that dies sooner than this after its start died quickly.
 const QUICK: Duration = Duration::from_secs(10);
-/// So many quick deaths in a row are too many for a server that never served, with no device that waits for one.
+/// So many quick deaths in a row are too many where no device waits for a server.
 const QUICK_MAX: u32 = 6;
 const BACKOFF_FIRST: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How often a server is looked at whose end was not signalled.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How a server ended.
+struct End {
+    /// Its process id, if it was started at all.
+    pid: Option<u32>,
+    /// It ended in order, or was told to end.
+    in_order: bool,
+    /// In words.
+    how: String,
+}
 
 /// `supervise`.
 pub fn run(registry: &Registry, args: &StageArg) -> Result<ExitCode> {
     let dir = registry.stage_dir(args.stage);
     let Some(_lock) = dir.try_lock()? else { return Ok(ExitCode::from(ALREADY)) };
-    let signals = Signals::block()?;
+    let signals = Signals::block_also(&[Signal::SIGCHLD])?;
     super::start_logging();
     // Away from the terminal. Fails only for the leader of a process group: then somebody started it by hand.
     let _ = setsid();
@@ -38,41 +49,44 @@ pub fn run(registry: &Registry, args: &StageArg) -> Result<ExitCode> {
             "cannot set oom_score_adj to -1000: {e}; the kernel may kill the supervisor for memory"
         );
     }
-    dir.put_start_error(None)?;
+    super::note_start_error(&dir, None);
     let mut quick = 0;
     let mut served = false;
-    let mut accept_loss = args.accept_loss;
     loop {
         let begun = Instant::now();
-        let (pid, status, told_to_end) = run_server(registry, args, accept_loss, &signals)?;
-        if status.success() || told_to_end {
+        let end = run_server(registry, args, &signals);
+        if end.in_order {
             return Ok(ExitCode::SUCCESS);
         }
         let lived = begun.elapsed();
         // What cannot be looked at decides nothing.
-        match dir.start_error().ok().flatten() {
+        let start_error = dir.start_error().ok().flatten();
+        match &start_error {
             // It said why it cannot start; whoever waits for it reports that.
-            Some(e) if !served => return Err(e),
+            Some(_) if !served => return start_error.map_or(Ok(ExitCode::FAILURE), Err),
             Some(_) => {}
-            None => served |= lived >= QUICK || was_serving(&dir, pid),
+            None => served |= end.pid.is_some_and(|pid| lived >= QUICK || was_serving(&dir, pid)),
         }
-        // Loss is accepted once, not for every crash to come.
-        accept_loss = false;
-        quick = if lived < QUICK { quick + 1 } else { 1 };
+        // One that could not start has not lived, however long it took to find out.
+        quick = if lived < QUICK || start_error.is_some() { quick + 1 } else { 1 };
         // Clients of a device wait for a server for as long as it takes.
-        if quick > QUICK_MAX && !served && !device_waits(registry, args.stage) {
-            let what = format!(
-                "the server died {QUICK_MAX} times in a row ({status}): given up; find out why, then attach again"
-            );
-            let e = Error::new(ErrorKind::Io, what);
-            tracing::error!("{}", e.report());
-            dir.put_start_error(Some(&e))?;
+        if quick > QUICK_MAX && !device_waits(registry, args.stage) {
+            let how = &end.how;
+            let e = start_error.unwrap_or_else(|| {
+                let what = format!(
+                    "the server died {QUICK_MAX} times in a row ({how}): given up; find out why, then attach again"
+                );
+                Error::new(ErrorKind::Io, what)
+            });
+            tracing::error!("given up, no device waits: {}", e.report());
+            super::note_start_error(&dir, Some(&e));
             return Err(e);
         }
         let pause = pause_after(quick);
         tracing::error!(
-            "the server died after {} s ({status}): starting another in {} ms",
+            "the server died after {} s ({}): starting another in {} ms",
             lived.as_secs(),
+            end.how,
             pause.as_millis()
         );
         if wait(pause, &signals) {
@@ -100,61 +114,66 @@ fn pause_after(quick: u32) -> Duration {
     if quick <= 1 { Duration::ZERO } else { (BACKOFF_FIRST * 2u32.pow((quick - 1).min(10))).min(BACKOFF_MAX) }
 }
 
+/// Whether a signal has come that tells to end.
+fn told_to_end(signals: &Signals) -> bool {
+    while let Some(signal) = signals.next() {
+        if matches!(signal, Signal::SIGTERM | Signal::SIGINT) {
+            return true;
+        }
+    }
+    false
+}
+
 /// Waits. Whether it was told to end.
 fn wait(pause: Duration, signals: &Signals) -> bool {
     let until = Instant::now() + pause;
     loop {
-        if let Some(Signal::SIGTERM | Signal::SIGINT) = signals.next() {
+        if told_to_end(signals) {
             return true;
         }
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return false;
         }
-        std::thread::sleep(left.min(Duration::from_millis(100)));
+        signals.wait(left);
     }
 }
 
-/// Runs a server to its end. Its number, how it ended, and whether it was told to, by a signal to this
-/// process.
-fn run_server(
-    registry: &Registry,
-    args: &StageArg,
-    accept_loss: bool,
-    signals: &Signals,
-) -> Result<(u32, ExitStatus, bool)> {
+/// Runs a server to its end. One that cannot even be started, for want of memory or processes, has died at once: that may
+/// pass, and clients wait.
+fn run_server(registry: &Registry, args: &StageArg, signals: &Signals) -> End {
     let mut command = Command::new(crate::paths::own_executable());
     command.arg0("tidegate").arg("--state-dir").arg(registry.dir()).arg("serve").arg(args.stage.to_string());
     command.arg("--supervisor").arg(std::process::id().to_string());
-    if accept_loss {
-        command.arg("--accept-loss");
-    }
-    let mut child = command.spawn().map_err(|e| Error::io("cannot start the server", e))?;
-    let number = child.id();
-    let pid = Pid::from_raw(number.cast_signed());
-    let (sender, ended) = mpsc::channel();
-    // A process of its own is waited for at once; signals are looked for now and then.
-    std::thread::spawn(move || {
-        let _ = sender.send(child.wait());
-    });
-    let mut told_to_end = false;
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(e) => return End { pid: None, in_order: false, how: format!("it cannot be started: {e}") },
+    };
+    let mut told = false;
     loop {
-        match ended.recv_timeout(Duration::from_millis(200)) {
-            Ok(status) => {
-                let status = status.map_err(|e| Error::io("cannot wait for the server", e))?;
-                return Ok((number, status, told_to_end));
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {}
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Error::new(ErrorKind::Io, "cannot wait for the server"));
+        match child.try_wait() {
+            Ok(None) => {}
+            Ok(Some(status)) => return ended(child.id(), status, told),
+            // There is no such child any more: somebody has taken its status.
+            Err(e) => {
+                return End {
+                    pid: Some(child.id()),
+                    in_order: told,
+                    how: format!("it cannot be waited for: {e}"),
+                };
             }
         }
-        if let Some(Signal::SIGTERM | Signal::SIGINT) = signals.next() {
-            told_to_end = true;
-            // The waiting thread has not reported its end, so the number is still its own (but for an instant).
-            let _ = kill(pid, Signal::SIGTERM);
+        signals.wait(LOOK);
+        if told_to_end(signals) {
+            told = true;
+            // It was not waited for, so the number is still its own.
+            let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
         }
     }
+}
+
+fn ended(pid: u32, status: ExitStatus, told: bool) -> End {
+    End { pid: Some(pid), in_order: told || status.success(), how: status.to_string() }
 }
 
 #[cfg(test)]

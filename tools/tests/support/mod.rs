@@ -121,6 +121,13 @@ impl Bench {
         out
     }
 
+    /// Must succeed; standard error.
+    pub fn err(&self, args: &[&str]) -> String {
+        let (code, out, err) = self.run(args);
+        assert_eq!(code, 0, "{args:?}: {out}{err}");
+        err
+    }
+
     pub fn json(&self, args: &[&str]) -> serde_json::Value {
         serde_json::from_str(&self.ok(args)).unwrap()
     }
@@ -264,6 +271,24 @@ impl Tmpfs {
 }
 
 impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        attempt("umount", &[self.0.to_str().unwrap()]);
+    }
+}
+
+/// A directory that cannot be written to, while it lives.
+pub struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    pub fn or_skip(dir: &Path) -> Option<ReadOnly> {
+        let path = dir.to_str().unwrap();
+        attempt("mount", &["--bind", path, path])?;
+        let made = ReadOnly(dir.to_owned());
+        attempt("mount", &["-o", "remount,ro,bind", path]).map(|_| made)
+    }
+}
+
+impl Drop for ReadOnly {
     fn drop(&mut self) {
         attempt("umount", &[self.0.to_str().unwrap()]);
     }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::Identity;
 
@@ -118,14 +119,28 @@ pub fn stacked_on(rdev: u64) -> Vec<String> {
     names
 }
 
-/// Loop devices whose file is `identity`, or, for a loop device, the file it stands for.
+/// Where the root directory is that the paths in `/sys` start from, for a process that sees other mounts than it.
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on files are looked for below `root` (a path that leads to another root directory). Once a process.
+pub fn look_below(root: PathBuf) {
+    let _ = ROOT.set(root);
+}
+
+/// A path that the kernel gave, which has no links in it, as this process can use it.
+fn reachable(root: Option<&PathBuf>, path: &Path) -> PathBuf {
+    root.map_or_else(|| path.to_owned(), |root| root.join(path.strip_prefix("/").unwrap_or(path)))
+}
+
+/// The loop devices there are, with their files.
 fn loop_files() -> Vec<(String, Identity)> {
     let Ok(entries) = fs::read_dir("/sys/block") else { return Vec::new() };
     entries
         .flatten()
         .filter_map(|entry| {
             let path = fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
-            let identity = Identity::of_path(Path::new(path.trim_end_matches('\n'))).ok()?;
+            let path = reachable(ROOT.get(), Path::new(path.trim_end_matches('\n')));
+            let identity = Identity::of_path(&path).ok()?;
             Some((entry.file_name().to_string_lossy().into_owned(), identity))
         })
         .collect()
@@ -200,6 +215,13 @@ mod tests {
                     41 22 259:3 /sub /srv rw - xfs /dev/nvme0n1p3 rw\n";
         assert_eq!(mounts_in(text, "259:3"), ["/mnt/my disk", "/srv"]);
         assert!(mounts_in(text, "8:2").is_empty());
+    }
+
+    #[test]
+    fn paths_of_the_kernel_are_looked_for_below_the_root_that_was_named() {
+        let root = PathBuf::from("/proc/self/fd/3/");
+        assert_eq!(reachable(Some(&root), Path::new("/srv/disk")), Path::new("/proc/self/fd/3/srv/disk"));
+        assert_eq!(reachable(None, Path::new("/srv/disk")), Path::new("/srv/disk"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::base::units::align_up;
 use crate::base::{Lsn, RegionSeq, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::Geometry;
-use crate::format::group::{GROUP_HEADER_BYTES, Group};
+use crate::format::group::{GROUP_HEADER_BYTES, Group, RecordsDigest};
 use crate::format::record::{RECORD_ALIGN, RECORD_HEADER_BYTES, Record, RecordKind, record_bytes};
 use crate::format::region::{FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo};
 use crate::format::superblock::Superblock;
@@ -500,6 +500,11 @@ fn read_group(image: &[u8], at: u32, group: &Group, rules: &Rules) -> Content {
             content.records.last().map_or(span.from, |(o, r)| o + record_bytes(r.payload_bytes));
         if align_up(u64::from(records_end), u64::from(rules.block_bytes)) != u64::from(end) {
             let what = format!("group {} is longer than its records", group.group_seq);
+            content.faults.push((at, what));
+        }
+        let digest = |digest: RecordsDigest, (offset, _): &Placed| digest.with(&image[*offset as usize..]);
+        if content.records.iter().fold(RecordsDigest::default(), digest) != group.records_digest {
+            let what = format!("group {} holds other records than it was written with", group.group_seq);
             content.faults.push((at, what));
         }
     }

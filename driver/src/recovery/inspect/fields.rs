@@ -210,7 +210,7 @@ pub(super) const GROUP: Layout = Layout {
         Field("region", 24, 8, Number),
         Field("first_lsn", 32, 8, Number),
         Field("group_bytes", 40, 4, Number),
-        Field("reserved", 44, 4, Zero),
+        Field("records_digest", 44, 4, Number),
         Field("incarnation", 48, 8, Number),
         Field("checkpoint_lsn", 56, 8, Number),
     ],

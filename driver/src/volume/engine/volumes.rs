@@ -5,15 +5,13 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 
 use super::thread::{Control, TargetChange};
-use super::{Engine, Volume, no_volume};
+use super::{Engine, SuperblockUpdate, Volume, no_volume};
 use crate::base::{Error, ErrorKind, Result, VolumeId};
 use crate::flush::epoch::FlushTarget;
 use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
-use crate::format::superblock::Superblock;
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::Disk;
 use crate::io::file::FileDisk;
-use crate::recovery::superblocks;
 use crate::volume::admin::{self, NewVolume};
 
 impl Engine {
@@ -41,6 +39,7 @@ impl Engine {
         if self.volumes.read().contains_key(&volume) {
             return Err(Error::new(ErrorKind::Busy, format!("volume '{}' is already in use", info.name)));
         }
+        backing.drop_cache()?;
         let checkpoint = crate::recovery::scan::read_checkpoints(&*self.stage, &superblock)?
             .into_iter()
             .next()
@@ -114,12 +113,13 @@ impl Engine {
         }
         let info = VolumeInfo { size_bytes, ..old.clone() };
         info.validate()?;
-        check_growth(&old, size_bytes, &backing)?;
-        let mut next = self.next_superblock();
-        next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
-        self.move_label(volume, size_bytes, backing.clone(), next.clone())?;
+        check_size(&old, size_bytes)?;
+        let update = self.superblock_update(|next| {
+            next.volumes.iter_mut().filter(|v| v.id == volume).for_each(|v| v.size_bytes = size_bytes);
+        });
+        let next = update.next.clone();
+        self.while_not_flushing(volume, move |target| grow(target, &old, size_bytes, &backing, &update))?;
         *self.superblock.lock() = next;
-        wipe_old_tail(&*backing, old.size_bytes, size_bytes)?;
         if let Some(found) = self.volumes.write().get_mut(&volume) {
             found.info = info;
             found.shared.size_bytes.store(size_bytes, Ordering::Release);
@@ -127,26 +127,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes the label behind the new end and then the superblock, while no epoch is under way: an epoch's label and
-    /// checkpoint must not come between the two. Until the superblock knows the new size the old labels are valid; then
-    /// they are part of the volume. A crash before they are zeroed leaves old label bytes in the space that was added.
-    fn move_label(
+    /// Carries out a change of what the flusher knows of a volume while no epoch is under way, on the flusher's thread.
+    fn while_not_flushing(
         &self,
         volume: VolumeId,
-        size_bytes: u64,
-        backing: Arc<FileDisk>,
-        next: Superblock,
+        change: impl FnOnce(&mut FlushTarget) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let (reply, answer) = channel();
-        let stage = self.stage.clone();
         let change: TargetChange = Box::new(move |target| {
-            let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
-            let written =
-                admin::write_only_label(&*backing, &label).and_then(|()| superblocks::write(&*stage, &next));
-            if written.is_ok() {
-                target.label = label;
-            }
-            let _ = reply.send(written);
+            let _ = reply.send(change(target));
         });
         self.post(Control::ChangeTarget(volume, change))?;
         answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))?
@@ -165,8 +154,35 @@ impl Engine {
     }
 }
 
-/// Checks that a volume can grow to `size_bytes`, and gives a backing file the room.
-fn check_growth(old: &VolumeInfo, size_bytes: u64, backing: &FileDisk) -> Result<()> {
+/// Grows the backing, writes the label behind the new end, then the superblock. Until the superblock knows the new size the
+/// old labels are valid; then they are part of the volume. A crash before they are zeroed leaves old label bytes in the
+/// space that was added. No epoch may be under way: its label and checkpoint must not come between the two, and a sync
+/// here would take the errors of its writes.
+fn grow(
+    target: &mut FlushTarget,
+    old: &VolumeInfo,
+    size_bytes: u64,
+    backing: &FileDisk,
+    update: &SuperblockUpdate,
+) -> Result<()> {
+    make_room(backing, backing_bytes_for(size_bytes))?;
+    let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
+    admin::write_only_label(backing, &label)?;
+    update.write()?;
+    target.label = label;
+    if let Err(error) = wipe_old_tail(backing, old.size_bytes, size_bytes) {
+        // The volume has grown all the same.
+        tracing::warn!(
+            "volume '{}': the space that was added begins with old bytes: {}",
+            old.name,
+            error.report()
+        );
+    }
+    Ok(())
+}
+
+/// Checks that a volume can grow to `size_bytes`.
+fn check_size(old: &VolumeInfo, size_bytes: u64) -> Result<()> {
     if size_bytes < old.size_bytes {
         return Err(Error::new(
             ErrorKind::Invalid,
@@ -180,7 +196,11 @@ fn check_growth(old: &VolumeInfo, size_bytes: u64, backing: &FileDisk) -> Result
             format!("volume '{}' can grow to {old_labels_end} bytes or more, not to {size_bytes}", old.name),
         ));
     }
-    let needed = backing_bytes_for(size_bytes);
+    Ok(())
+}
+
+/// Makes a file large enough; a device has to be.
+fn make_room(backing: &FileDisk, needed: u64) -> Result<()> {
     backing.grow_file(needed)?;
     let available = backing.refresh_len()?;
     if available < needed {
