@@ -41,6 +41,8 @@ pub enum Moment {
     StageWrite,
     /// A write on a backing.
     BackingWrite,
+    /// A write of a backing's label.
+    Label,
     /// A sync.
     Sync,
 }

@@ -234,6 +234,13 @@ impl Running {
             }
             Moment::StageWrite => on_stage(f) && f.op.token != LOG_TOKEN,
             Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
+            Moment::Label => match f.op.target {
+                Target::Stage => false,
+                Target::Backing(id) => {
+                    let size = &self.volumes[usize::from(id.0) - 1].size_bytes;
+                    !f.data.is_empty() && f.op.offset >= size.load(Ordering::Acquire)
+                }
+            },
             Moment::Sync => f.op.kind == OpKind::Sync,
         }) || moment == Moment::Any
     }

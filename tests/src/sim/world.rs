@@ -120,10 +120,12 @@ impl World {
             Moment::RegionBegins,
             Moment::StageWrite,
             Moment::BackingWrite,
+            Moment::Label,
             Moment::Sync,
         ];
         let aim = self.rng.pick(&aims);
-        match self.rng.below(8) {
+        match self.rng.below(9) {
+            8 => (self.rng.range(1, 200), kind, self.rng.pick(&[Moment::Label, Moment::Sync])),
             0 => (self.rng.range(1, 60), kind, Moment::Any),
             1 | 2 => (self.rng.range(20, 80), kind, Moment::LogWrite),
             3 => (self.rng.range(1, 300), kind, aim),
