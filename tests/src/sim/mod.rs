@@ -9,6 +9,7 @@
 //! | `door_io`, `flight`, `memory`, `site` | a client's side of a door, operations in flight, their memory, disks and time |
 //! | `model` | the list of accepted changes |
 //! | `checkers` | what that list and the promises demand, one promise a file |
+//! | `ending` | how a server ends |
 //! | `running` | one server's life: doors, background, operations in flight |
 //! | `changes` | volumes that grow, doors that close and open |
 //! | `probe` | damaged, old and wrong devices between two servers, tried on forks of the story |
@@ -25,6 +26,7 @@ pub mod checkers;
 pub mod client;
 pub mod disk;
 pub mod door_io;
+pub mod ending;
 pub mod flight;
 pub mod memory;
 pub mod model;

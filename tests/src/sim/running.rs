@@ -29,17 +29,17 @@ use super::flight::{Flight, Owner, execute};
 use super::memory;
 use super::model::Model;
 use super::report::Sometimes;
-use super::rng::Rng;
 use super::script::{self, Do};
 use super::site::{Flag, Site, Stop, disk_of};
 
-struct SimDoor {
+/// A door and its client.
+pub(super) struct SimDoor {
     door: VolumeDoor,
     volume: usize,
     woken: Arc<Flag>,
     /// Whether `batch_end` is due.
     gathered: bool,
-    asked: BTreeMap<u32, Asked>,
+    pub(super) asked: BTreeMap<u32, Asked>,
     next_ns: u64,
 }
 
@@ -70,12 +70,12 @@ enum Event {
 
 /// A server.
 pub struct Running {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     background: Background,
     background_woken: Arc<Flag>,
     deadline_ns: Option<u64>,
-    doors: Vec<SimDoor>,
-    flights: Vec<Flight>,
+    pub(super) doors: Vec<SimDoor>,
+    pub(super) flights: Vec<Flight>,
     /// The superblock as it is on the stage.
     pub superblock: Superblock,
     acks: Vec<(AckLevel, OnLogError)>,
@@ -98,14 +98,6 @@ pub struct Running {
     payload_max: u64,
     had_faults: bool,
     requests: u64,
-}
-
-/// Kill or power cut, and what is left of what was going on.
-pub struct Remains {
-    /// Requests without an answer.
-    pub unanswered: Vec<Asked>,
-    /// Everything up to here was accepted.
-    pub published: u64,
 }
 
 impl Running {
@@ -575,50 +567,6 @@ impl Running {
             epochs: self.background.status.epochs,
             regions: core.ring().open_seq().0 - self.first_region,
         }
-    }
-
-    /// The process is gone: the kernel completes what it likes of the operations in flight.
-    pub fn kill(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 3);
-        while !self.flights.is_empty() {
-            let mut flight = self.flights.swap_remove(rng.below(self.flights.len() as u64) as usize);
-            let disk = disk_of(site, flight.op.target);
-            match (rng.below(3), flight.op.kind) {
-                (0, _) => {}
-                (1, OpKind::WriteDurable) => disk.apply(flight.op.offset, &flight.data),
-                _ => {
-                    let _ = execute(&mut flight, site);
-                }
-            }
-        }
-        self.remains()
-    }
-
-    /// Power is cut.
-    pub fn power_cut(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 4);
-        let flights = std::mem::take(&mut self.flights);
-        let targets = std::iter::once(Target::Stage)
-            .chain((0..site.backings.len()).map(|v| Target::Backing(VolumeId(v as u16 + 1))));
-        for target in targets {
-            let writes: Vec<(u64, Vec<u8>)> = flights
-                .iter()
-                .filter(|f| f.op.target == target && !f.data.is_empty())
-                .map(|f| (f.op.offset, f.data.clone()))
-                .collect();
-            disk_of(site, target).power_cut(&writes, &mut rng);
-        }
-        self.remains()
-    }
-
-    fn remains(self) -> Remains {
-        let published = self.shared.core.lock().published().0;
-        let mut unanswered = self.again;
-        for door in self.doors {
-            let asked = door.asked.into_values();
-            unanswered.extend(asked.map(|a| Asked::new(a.request, a.content, a.volume, a.acknowledged)));
-        }
-        Remains { unanswered, published }
     }
 
     /// The arena in use.
