@@ -345,7 +345,9 @@ fn explain(e: Error, superblock: &Superblock, missing: &BTreeMap<VolumeId, Error
     if reasons.is_empty() {
         e
     } else {
-        Error::new(e.kind(), format!("{}; {}", e.report(), reasons.join("; ")))
+        // To the engine a backing that could not be opened is one that is not there.
+        let opening = missing.values().next().map(Error::kind).filter(|_| e.kind() == ErrorKind::NotFound);
+        Error::new(opening.unwrap_or(e.kind()), format!("{}; {}", e.report(), reasons.join("; ")))
     }
 }
 
