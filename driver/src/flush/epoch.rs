@@ -23,6 +23,8 @@
 use std::collections::BTreeMap;
 
 use super::plan::{Plan, Run, RunKind};
+use super::pool::take_buffer;
+pub use super::pool::{FLUSH_BUFFER_BYTES, flush_pool};
 use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, VolumeId};
 use crate::format::checkpoint::Checkpoint;
@@ -37,7 +39,7 @@ use crate::stage::serve::Epoch;
 use zerocopy::IntoBytes;
 
 /// Most operations in flight.
-const DEPTH: usize = 32;
+pub(super) const DEPTH: usize = 32;
 /// Longest zero or discard operation.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
@@ -562,21 +564,6 @@ impl EpochRun {
         self.write(Target::Stage, kind, offset, buf, submit);
         true
     }
-}
-
-/// Size of a flush buffer: the longest run of data.
-pub const FLUSH_BUFFER_BYTES: usize = 256 << 10;
-
-/// A buffer from the pool. The pool is filled at the start with as many as can be in flight, so a full stage can always
-/// be flushed; only the patch log and labels, which are small, are allocated.
-fn take_buffer(pool: &mut Vec<AlignedBuf>) -> AlignedBuf {
-    pool.pop().unwrap_or_else(|| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES))
-}
-
-/// The pool that [`EpochIo`] starts with.
-#[must_use]
-pub fn flush_pool() -> Vec<AlignedBuf> {
-    (0..DEPTH).map(|_| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES)).collect()
 }
 
 fn fill_run(plan: &Plan, run: &Run, io: &mut EpochIo<'_>) -> AlignedBuf {

@@ -1,5 +1,5 @@
-//! What the checkers know. They know every accepted change in the order of the log, because doors tell the place of each, and what was
-//! acknowledged with which promise. All demands follow from that list:
+//! What the checkers know: every accepted change in the order of the log, because doors tell the place of each, and what
+//! was acknowledged with which promise. All demands follow from that list:
 //!
 //! - after a crash the content of all volumes is the effect of one prefix of it, no shorter than what was promised (P1);
 //! - a read gives, byte by byte, what the list holds at some place between the newest change that was acknowledged before

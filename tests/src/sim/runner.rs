@@ -109,8 +109,8 @@ impl fmt::Display for Totals {
         )?;
         writeln!(
             f,
-            "  {} damaged, old or wrong devices refused, {} survived; {} damaged last groups taken for torn, {} damaged arenas whose \
-             end was given up",
+            "  {} damaged, old or wrong devices refused, {} survived; {} damaged last groups taken for torn, {} \
+             damaged arenas whose end was given up",
             r.probes_refused, r.probes_survived, r.last_groups_given_up, r.arena_shorter
         )?;
         let (slowest, seed) = self.slowest;
