@@ -212,6 +212,14 @@ impl SimDisk {
         state.persistent[offset as usize..][..bytes.len()].copy_from_slice(bytes);
     }
 
+    /// What readers see is on the medium from now on.
+    pub fn settle(&self) {
+        let mut state = self.state();
+        let state = &mut *state;
+        state.persistent.clone_from(&state.visible);
+        state.unflushed.clear();
+    }
+
     /// Cuts the end off.
     pub fn shrink(&self, bytes: u64) {
         let mut state = self.state();
@@ -472,6 +480,19 @@ impl Disk for SimDisk {
             return Err(self.error("sync"));
         }
         self.sync_from(u64::MAX);
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        // What a failed sync has left for readers alone is gone; what is dirty stays.
+        let mut state = self.state();
+        let state = &mut *state;
+        let sector = self.sector as usize;
+        state.visible.copy_from_slice(&state.persistent);
+        for (&at, versions) in &state.unflushed {
+            let newest = &versions.last().expect("a version").bytes;
+            state.visible[at as usize * sector..][..sector].copy_from_slice(newest);
+        }
         Ok(())
     }
 
