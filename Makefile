@@ -6,7 +6,7 @@ SEEDS ?= 2000
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 
-.PHONY: run test ci sim fuzz coverage bench lint fmt doc install tools-release
+.PHONY: run test ci sim mutations fuzz coverage bench lint fmt doc install tools-release
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
@@ -21,9 +21,13 @@ test:
 
 ci: lint test
 
-# Seeded crash simulation: SEEDS worlds, or the one of SEED=….
+# Seeded crash simulation: SEEDS worlds and everything within bounds, or the one world of SEED=…. See docs/testing.md.
 sim:
 	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
+
+# Deliberate bugs in the engine, one at a time: the simulator must find each.
+mutations:
+	$(CARGO) test --release -p tidegate-tests --features mutations --test mutations -- --nocapture
 
 # Fuzzers for every decoder, FUZZ_SECONDS each; what they find that is new goes to target/fuzz.
 fuzz:

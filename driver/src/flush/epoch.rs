@@ -17,11 +17,15 @@
 //! | Checkpoint | slot on the stage, durable | only now may regions be reclaimed |
 //!
 //! Any error ends the attempt once nothing is in flight; the next attempt does everything again (all of it is
-//! idempotent), so a failed sync is never taken for a success by repeating only the sync.
+//! idempotent), so a failed sync is never taken for a success by repeating only the sync. One exception: after a failed
+//! checkpoint write only that is repeated. It may be on the device, so the log may not cover the blocks any more.
 
 use std::collections::BTreeMap;
 
 use super::plan::{Plan, Run, RunKind};
+use super::pool::take_buffer;
+pub use super::pool::{FLUSH_BUFFER_BYTES, flush_pool};
+use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{PATCH_OFFSET, checkpoint_offset};
@@ -35,7 +39,7 @@ use crate::stage::serve::Epoch;
 use zerocopy::IntoBytes;
 
 /// Most operations in flight.
-const DEPTH: usize = 32;
+pub(super) const DEPTH: usize = 32;
 /// Longest zero or discard operation.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
@@ -170,6 +174,21 @@ impl EpochRun {
         }
     }
 
+    /// Whether everything is durable but the checkpoint, whose write failed. Such an attempt must not be made again from the
+    /// start: the failed write may be on the device all the same, and then the log no longer covers the blocks that would be
+    /// written again.
+    #[must_use]
+    pub fn only_checkpoint_failed(&self) -> bool {
+        self.phase == Phase::Checkpoint && self.failed.is_some()
+    }
+
+    /// Goes on after [`EpochRun::only_checkpoint_failed`]: writes the checkpoint again.
+    pub fn resume(&mut self) {
+        assert!(self.only_checkpoint_failed() && self.in_flight.is_empty());
+        self.failed = None;
+        self.cursor = 0;
+    }
+
     /// The checkpoint this attempt writes.
     #[must_use]
     pub fn checkpoint(&self) -> &Checkpoint {
@@ -229,6 +248,9 @@ impl EpochRun {
         };
         let target = io.targets.get_mut(&volume);
         match (flight.kind, target) {
+            (OpKind::Sync, _) if is(Mutation::FailedSyncCountsAsSync) => {}
+            (OpKind::WriteZeroes, Some(_))
+                if is(Mutation::ZeroesAreDropped) && errno == Errno::EOPNOTSUPP => {}
             // A device that cannot discard keeps the old bytes, as the client allowed.
             (OpKind::Discard, Some(target)) if errno == Errno::EOPNOTSUPP => target.discards = false,
             (OpKind::WriteZeroes, Some(target)) if errno == Errno::EOPNOTSUPP => {
@@ -269,9 +291,17 @@ impl EpochRun {
                 self.apply_patches(io.arena);
                 Phase::PatchLog
             }
+            Phase::PatchLog if is(Mutation::HalfWrittenPatchesAreForgotten) => Phase::PatchWrite,
             Phase::PatchLog => {
                 io.unsettled.clone_from(&self.images);
                 Phase::PatchWrite
+            }
+            Phase::PatchWrite
+                if is(Mutation::PatchZoneReusedBeforeSync)
+                    && self.batch_start + self.images.len() < self.patches.len() =>
+            {
+                self.batch_start += self.images.len();
+                self.begin_batch()
             }
             Phase::PatchWrite if self.batch_start + self.images.len() < self.patches.len() => {
                 Phase::PatchSync
@@ -288,7 +318,7 @@ impl EpochRun {
                 // The labels are durable: from now on the checkpoint may rely on them, so the next go to the other slot.
                 for (volume, _) in &self.plans {
                     if let Some(target) = io.targets.get_mut(volume) {
-                        target.label.sequence += 1;
+                        target.label.sequence += 1 + u64::from(is(Mutation::LabelsShareOneSlot));
                         target.label.flushed_lsn = target.attempted;
                     }
                 }
@@ -456,11 +486,12 @@ impl EpochRun {
             })
             .map(|(_, image)| image.clone())
             .collect();
-        if needed.is_empty() {
+        if needed.is_empty() || is(Mutation::PatchLogIsSkipped) {
             return false;
         }
         let zone = encode_patches(&needed, self.epoch.to, self.salt);
-        self.write(Target::Stage, OpKind::WriteDurable, PATCH_OFFSET, zone, submit);
+        let kind = if is(Mutation::PatchLogIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable };
+        self.write(Target::Stage, kind, PATCH_OFFSET, zone, submit);
         true
     }
 
@@ -481,6 +512,9 @@ impl EpochRun {
 
     fn submit_label(&mut self, io: &mut EpochIo<'_>, submit: &mut dyn FnMut(Op)) -> bool {
         let Some((volume, _)) = self.plans.get(self.cursor) else { return false };
+        if is(Mutation::LabelIsNotWritten) {
+            return false;
+        }
         self.cursor += 1;
         let volume = *volume;
         let target = io.targets.get_mut(&volume).expect("a planned volume has a target");
@@ -503,7 +537,14 @@ impl EpochRun {
             _ => io.unsettled.iter().map(|image| image.volume).collect(),
         };
         volumes.dedup();
-        let Some(&volume) = volumes.get(self.cursor) else { return false };
+        if self.phase == Phase::Sync && is(Mutation::EpochSyncIsSkipped) {
+            return false;
+        }
+        if self.phase == Phase::Sync && is(Mutation::CheckpointBeforeSync) && self.cursor == 0 {
+            return self.submit_checkpoint(submit);
+        }
+        let before = usize::from(self.phase == Phase::Sync && is(Mutation::CheckpointBeforeSync));
+        let Some(&volume) = volumes.get(self.cursor - before) else { return false };
         self.cursor += 1;
         let target = Target::Backing(volume);
         let token = self.token();
@@ -519,24 +560,10 @@ impl EpochRun {
         self.cursor = 1;
         let buf = AlignedBuf::from_slice(self.checkpoint.encode(self.salt).as_bytes());
         let offset = checkpoint_offset(self.checkpoint.slot());
-        self.write(Target::Stage, OpKind::WriteDurable, offset, buf, submit);
+        let kind = if is(Mutation::CheckpointIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable };
+        self.write(Target::Stage, kind, offset, buf, submit);
         true
     }
-}
-
-/// Size of a flush buffer: the longest run of data.
-pub const FLUSH_BUFFER_BYTES: usize = 256 << 10;
-
-/// A buffer from the pool. The pool is filled at the start with as many as can be in flight, so a full stage can always
-/// be flushed; only the patch log and labels, which are small, are allocated.
-fn take_buffer(pool: &mut Vec<AlignedBuf>) -> AlignedBuf {
-    pool.pop().unwrap_or_else(|| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES))
-}
-
-/// The pool that [`EpochIo`] starts with.
-#[must_use]
-pub fn flush_pool() -> Vec<AlignedBuf> {
-    (0..DEPTH).map(|_| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES)).collect()
 }
 
 fn fill_run(plan: &Plan, run: &Run, io: &mut EpochIo<'_>) -> AlignedBuf {

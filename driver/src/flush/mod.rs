@@ -2,5 +2,6 @@
 
 pub mod epoch;
 pub mod plan;
+mod pool;
 
 pub use plan::{Patch, Plan, PlanBytes, PlanParams, PlanPiece, Run, RunKind};

@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use super::scan::{Found, ScannedLog, rules_of, scan};
 use super::superblocks;
+use crate::base::mutation::{Mutation, is};
 use crate::base::{Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::flush::epoch::FlushTarget;
 use crate::format::arena::ArenaIdentity;
@@ -107,7 +108,9 @@ pub fn open(
     let found_arena = find_arena(&superblock, arenas, environment)?;
     let first_new_group = log.next_group_seq;
     let mut closed = Vec::new();
-    if let Some(arena) = &found_arena {
+    if let Some(arena) = &found_arena
+        && !is(Mutation::ArenaRecordsAreDropped)
+    {
         closed = extend_from_arena(&mut log, arena, &read.superblock, &mut indexes)?;
         report.arena_used = true;
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
@@ -119,17 +122,23 @@ pub fn open(
         return Err(error);
     }
 
-    stage.sync()?;
-    // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
-    for (_, backing) in backings.iter().filter(|(id, _)| targets.contains_key(id)) {
-        backing.sync()?;
+    if !is(Mutation::RecoveryDoesNotSync) {
+        stage.sync()?;
+        // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
+        for (_, backing) in backings.iter().filter(|(id, _)| targets.contains_key(id)) {
+            backing.sync()?;
+        }
     }
     report.superblocks_repaired = superblocks::repair(stage, &read)?;
     report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings, &targets)?;
 
     superblock.sequence += 1;
     superblock.incarnation += 1;
-    superblock.incarnation_group_seq = first_new_group;
+    if is(Mutation::GivenUpGroupsComeBack) {
+        superblock.incarnation -= 1;
+    } else {
+        superblock.incarnation_group_seq = first_new_group;
+    }
     superblock.boot_id = environment.boot_id;
     superblock.state = StageState::InUse;
     let arena = match found_arena {
@@ -143,7 +152,9 @@ pub fn open(
             arena
         }
     };
-    superblock.incarnation_lsn = log.next_lsn;
+    if !is(Mutation::GivenUpGroupsComeBack) {
+        superblock.incarnation_lsn = log.next_lsn;
+    }
     let rules = rules_of(&superblock);
     superblocks::write(stage, &superblock)?;
 
@@ -195,7 +206,10 @@ fn check_block(stage: &dyn Disk, superblock: &Superblock) -> Result<()> {
 }
 
 fn check_closed_end(stage: &dyn Disk, superblock: &Superblock, log_end: Lsn) -> Result<()> {
-    if superblock.state == StageState::InUse || log_end >= superblock.closed_lsn {
+    if superblock.state == StageState::InUse
+        || log_end >= superblock.closed_lsn
+        || is(Mutation::CloseIsNotChecked)
+    {
         return Ok(());
     }
     Err(Error::new(
@@ -247,6 +261,9 @@ fn check_identity(
     backing: &dyn Disk,
     checkpoint: &Checkpoint,
 ) -> Result<Label> {
+    // A label that a failed sync has left in the cache alone would be taken for durable, and the next one be written over the
+    // only one that is.
+    backing.drop_cache()?;
     let name = backing.name();
     let wrong = |what: String| Error::new(ErrorKind::WrongDevice, what);
     let needed = backing_bytes_for(volume.size_bytes);
@@ -264,14 +281,15 @@ fn check_identity(
             volume.name
         )));
     };
-    if label.stage_uuid != superblock.stage_uuid || label.volume_uuid != volume.uuid {
+    let wrong_uuid = label.stage_uuid != superblock.stage_uuid || label.volume_uuid != volume.uuid;
+    if wrong_uuid && !is(Mutation::WrongBackingIsAccepted) {
         return Err(wrong(format!(
             "{name} is the backing of volume '{}' ({}) of stage {}; expected was volume '{}' ({}) of stage {}",
             label.name, label.volume_uuid, label.stage_uuid, volume.name, volume.uuid, superblock.stage_uuid
         )));
     }
     let flushed = checkpoint.flushed.get(&volume.id).copied().unwrap_or(Lsn::ZERO);
-    if label.flushed_lsn < flushed {
+    if label.flushed_lsn < flushed && !is(Mutation::OldBackingIsAccepted) {
         return Err(wrong(format!(
             "{name} is an old copy of the backing of '{}': it holds what was flushed up to LSN {}, the stage has flushed \
              up to {flushed}; bring back the current one",
@@ -283,7 +301,7 @@ fn check_identity(
 
 /// Checks that the log reaches what the backing of `volume` says was flushed from it.
 fn check_log_reaches(volume: &VolumeInfo, label: &Label, name: &str, log_end: Lsn) -> Result<()> {
-    if label.flushed_lsn > log_end {
+    if label.flushed_lsn > log_end && !is(Mutation::OldStageIsAccepted) {
         return Err(Error::new(
             ErrorKind::WrongDevice,
             format!(
@@ -358,7 +376,8 @@ fn find_arena(
     let identity = ArenaIdentity::new(superblock.stage_uuid, superblock.arena_id, &superblock.geometry);
     let found = arenas.find(&identity, superblock.salt);
     let at_risk = superblock.volumes.iter().any(|v| v.ack == AckLevel::Memory);
-    if superblock.boot_id != environment.boot_id || !at_risk || environment.accept_loss {
+    let told = is(Mutation::ArenaLossIsNotTold);
+    if superblock.boot_id != environment.boot_id || !at_risk || environment.accept_loss || told {
         return Ok(found.unwrap_or(None));
     }
     let problem = match found {
@@ -385,7 +404,7 @@ fn restore_patches(
     let mut zone = vec![0; superblock.geometry.patch_bytes as usize];
     stage.read(PATCH_OFFSET, &mut zone)?;
     let Some((epoch_end, images)) = decode_patches(&zone, superblock.salt) else { return Ok(0) };
-    if epoch_end <= checkpoint.lsn {
+    if epoch_end <= checkpoint.lsn || is(Mutation::PatchesAreNotRestored) {
         return Ok(0);
     }
     let mut restored = 0;

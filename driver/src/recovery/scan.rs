@@ -1,6 +1,7 @@
 //! What the log device says: which regions are live, which records they hold, where the log ends. Reads only.
 
 use crate::base::checksum::crc64;
+use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, Geometry, checkpoint_offset};
@@ -383,7 +384,10 @@ impl Scanner<'_> {
     ) -> Result<RegionState> {
         let mut image = vec![0; self.geometry.region_bytes as usize];
         self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
-        let walked = walk_region(&image, start, &self.rules);
+        let mut walked = walk_region(&image, start, &self.rules);
+        if is(Mutation::LastGroupIsDropped) && next.is_none() && walked.group_count > 1 {
+            walked = walk_region(&image[..walked.data_end as usize - 1], start, &self.rules);
+        }
         let expected_end = next.is_none_or(|next| {
             walked.next.first_lsn == next.first_lsn && walked.next.group_seq == next.first_group_seq
         });
@@ -404,7 +408,9 @@ impl Scanner<'_> {
                 );
                 return Err(self.damaged(start.seq, walked.data_end, &what));
             }
-            if let Some((at, group)) = later_group(&image, walked.data_end, start.seq, seq, &self.rules) {
+            if let Some((at, group)) = later_group(&image, walked.data_end, start.seq, seq, &self.rules)
+                .filter(|_| !is(Mutation::DamageTakenForTheEnd) && !is(Mutation::LastGroupIsDropped))
+            {
                 let what =
                     format!("group {seq} is invalid, but group {} at offset {at} exists", group.group_seq);
                 return Err(self.damaged(start.seq, walked.data_end, &what));

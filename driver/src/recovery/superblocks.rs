@@ -2,6 +2,7 @@
 
 use zerocopy::IntoBytes;
 
+use crate::base::mutation::{Mutation, is};
 use crate::base::{Error, ErrorKind, Result};
 use crate::format::geometry::{SUPERBLOCK_COPIES, superblock_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock};
@@ -98,7 +99,9 @@ fn write_copies(disk: &dyn Disk, superblock: &Superblock, copies: &[u32]) -> Res
         }
         // Whatever became of this copy must be settled before the next is touched: with a failing sync a power cut could
         // tear all of them.
-        disk.sync()?;
+        if !is(Mutation::SuperblockCopiesAtOnce) || copy + 1 == SUPERBLOCK_COPIES {
+            disk.sync()?;
+        }
     }
     match failed {
         Some(error) if written == 0 => Err(error),

@@ -15,6 +15,7 @@
 
 use super::ring::{ClosedGroup, Ring};
 use crate::base::Lsn;
+use crate::base::mutation::{Mutation, is};
 
 /// Where the committer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +66,9 @@ impl Committer {
         if ring.first_closed().is_none() && close_open {
             ring.close_group();
         }
-        let ready = ring.first_closed().is_some_and(|group| group.last_lsn() <= published);
+        let ready = ring
+            .first_closed()
+            .is_some_and(|group| group.last_lsn() <= published || is(Mutation::CommitBeforePublish));
         let group = if ready { ring.take_closed() } else { None }?;
         assert_eq!(group.first_lsn, self.durable.next(), "groups are written in order");
         self.state = State::InFlight(group);
@@ -75,13 +78,13 @@ impl Committer {
     /// Takes the result of the write in flight; returns whether more is durable now.
     pub fn written(&mut self, ok: bool) -> bool {
         let State::InFlight(group) = self.state else { panic!("no group is in flight") };
-        if ok {
+        if ok || is(Mutation::FailedGroupCountsAsWritten) {
             self.durable = group.last_lsn();
             self.state = State::Idle;
         } else {
             self.state = State::Failed(group);
         }
-        ok
+        ok || is(Mutation::FailedGroupCountsAsWritten)
     }
 
     /// The failed group, to be written again.

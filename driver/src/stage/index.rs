@@ -20,6 +20,7 @@
 use std::collections::btree_map::{self, BTreeMap};
 use std::iter::FusedIterator;
 
+use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, RegionSeq};
 
 #[cfg(test)]
@@ -135,7 +136,7 @@ impl Index {
             Some((&start, entry)) if entry.end > range.start => {
                 if start == range.start && entry.end == range.end {
                     assert!(entry.lsn != lsn, "LSN {lsn} covers {range} twice");
-                    if entry.lsn < lsn {
+                    if entry.lsn < lsn && !is(Mutation::OlderRecordWins) {
                         entry.lsn = lsn;
                         entry.source = source;
                     }
@@ -219,7 +220,7 @@ impl Index {
         {
             let whole = *entry;
             entry.end = range.start;
-            if whole.end > range.end {
+            if whole.end > range.end && !is(Mutation::CutForgetsTheTail) {
                 // It surrounded the range, so there is nothing else inside.
                 self.extents.insert(range.end, whole.tail(start, range.end));
                 return;

@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 
 use crate::base::limits::GROUP_BYTES_MAX;
+use crate::base::mutation::{Mutation, is};
 use crate::base::units::align_up;
 use crate::base::{Lsn, RegionSeq};
 use crate::format::geometry::Geometry;
@@ -246,7 +247,7 @@ impl Ring {
     }
 
     fn can_open_region(&self) -> bool {
-        self.regions.len() < self.geometry.region_count as usize
+        self.regions.len() < self.geometry.region_count as usize + usize::from(is(Mutation::StageOverfills))
     }
 
     fn open_region(&mut self) {
@@ -310,7 +311,10 @@ impl Ring {
         let mut count = 0;
         while self.regions.len() > 1 {
             let head = &self.regions[0];
-            if head.last_lsn() > checkpoint || head.table == TableState::Writing || !may_go(head) {
+            if (head.last_lsn() > checkpoint && !is(Mutation::ReclaimAboveTheCheckpoint))
+                || head.table == TableState::Writing
+                || !may_go(head)
+            {
                 break;
             }
             assert!(
@@ -327,6 +331,7 @@ impl Ring {
     #[must_use]
     pub fn head_after(&self, checkpoint: Lsn) -> RegionStart {
         let open = self.regions.back().expect("an open region");
+        let checkpoint = if is(Mutation::CheckpointHeadTooHigh) { checkpoint.plus(20) } else { checkpoint };
         self.regions.iter().find(|r| r.last_lsn() > checkpoint).unwrap_or(open).start
     }
 

@@ -7,6 +7,7 @@ use super::core::{Core, DoorId, Outcome};
 use super::index::{Index, Source};
 use super::ring::{RegionState, TableState};
 use crate::base::limits::INDEX_EXTENTS_MAX;
+use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::region::RegionStart;
 
@@ -71,6 +72,8 @@ impl Core {
         for piece in index.lookup(range) {
             let source = match piece.hit {
                 None => ReadSource::Backing,
+                Some((_, Source::Discard)) if is(Mutation::DiscardReadsTheBacking) => ReadSource::Backing,
+                Some((_, Source::Data { .. })) if is(Mutation::ReadIgnoresTheStage) => ReadSource::Backing,
                 Some((_, Source::Zero | Source::Discard)) => ReadSource::Zero,
                 Some((_, Source::Data { region, offset })) => {
                     if !self.ring.region(region).is_some_and(|r| r.resident) {
@@ -172,7 +175,7 @@ impl Core {
                     && r.resident
                     && r.table == TableState::Missing
                     && r.record_count > 0
-                    && r.last_lsn() <= self.durable()
+                    && (r.last_lsn() <= self.durable() || is(Mutation::TableBeforeDurable))
             })
             .copied()
     }
@@ -196,7 +199,7 @@ impl Core {
     /// flush, or a region is not in memory yet.
     #[must_use]
     pub fn next_epoch(&self, all: bool) -> Option<Epoch> {
-        let durable = self.durable();
+        let durable = if is(Mutation::EpochTakesUndurable) { self.published() } else { self.durable() };
         let open = self.ring.open_seq();
         let mut epoch: Option<Epoch> = None;
         let mut records = 0;
@@ -249,6 +252,7 @@ impl Core {
         for (volume, range) in ranges {
             if let Some(index) = self.indexes.get_mut(&volume) {
                 let before = index.extent_count();
+                let to = if is(Mutation::FlushForgetsNewerRecords) { Lsn(u64::MAX) } else { to };
                 index.remove_flushed(range, to);
                 self.extent_count = self.extent_count + index.extent_count() - before;
             }
@@ -265,9 +269,14 @@ impl Core {
         let head = self.head;
         self.ring.reclaim(checkpoint, |region| {
             debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
-            region.start.seq < head && !arena.is_pinned(region.start.seq)
+            (region.start.seq < head
+                || is(Mutation::ReclaimBeforeTheDurableHead)
+                || is(Mutation::ReclaimAboveTheCheckpoint))
+                && (!arena.is_pinned(region.start.seq) || is(Mutation::ReclaimWhilePinned))
         });
-        self.serve_space_waits();
+        if !is(Mutation::SpaceWaitersAreForgotten) {
+            self.serve_space_waits();
+        }
         self.pump_commit();
     }
 

@@ -4,11 +4,17 @@
 //!
 //! It sleeps without a deadline when nothing is staged and nothing has failed.
 
+mod back_off;
+mod status;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use self::back_off::BackOff;
+pub use self::status::BackgroundStatus;
 use super::shared::{Clock, LOG_TOKEN, Shared};
 use crate::base::checksum::crc64;
+use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, VolumeId};
 use crate::flush::epoch::{
     Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
@@ -40,45 +46,6 @@ const EPOCH_TOKENS: u64 = 1 << 32;
 const SEAL_TOKEN: Token = Token(2 << 32);
 const LOAD_TOKEN: Token = Token(3 << 32);
 
-/// A pause that doubles.
-#[derive(Clone, Copy, Debug, Default)]
-struct BackOff {
-    until_ns: u64,
-    pause_ns: u64,
-}
-
-impl BackOff {
-    fn failed(&mut self, now_ns: u64, (first, longest): (u64, u64)) {
-        self.pause_ns = (self.pause_ns * 2).clamp(first, longest);
-        self.until_ns = now_ns + self.pause_ns;
-    }
-}
-
-/// What the background has to tell.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BackgroundStatus {
-    /// Epochs flushed.
-    pub epochs: u64,
-    /// Bytes written to backings.
-    pub flushed_bytes: u64,
-    /// Operations on backings that failed.
-    pub backing_errors: u64,
-    /// The backing that fails and how, while it does.
-    pub backing_problem: Option<(VolumeId, String)>,
-    /// Writes of the flusher to the stage device that failed.
-    pub stage_errors: u64,
-    /// Why the stage device fails, while it does.
-    pub stage_problem: Option<String>,
-    /// Whether the log cannot be written.
-    pub log_fails: bool,
-    /// Why the arena cannot get all its memory, while it cannot.
-    pub memory_problem: Option<String>,
-    /// Damage that was found.
-    pub damage: Option<String>,
-    /// The checkpoint.
-    pub checkpoint_lsn: Lsn,
-}
-
 /// The background of an engine.
 pub struct Background {
     shared: Arc<Shared>,
@@ -87,6 +54,8 @@ pub struct Background {
     pool: Vec<AlignedBuf>,
     checkpoint: Checkpoint,
     epoch: Option<EpochRun>,
+    /// An epoch that lacks nothing but its checkpoint, whose write failed.
+    unfinished: Option<EpochRun>,
     /// The epoch that failed. Exactly it is tried again: its checkpoint may be on the device although the write failed, so
     /// nothing older may be written to a backing any more than what it covers.
     failed_epoch: Option<Epoch>,
@@ -120,14 +89,27 @@ impl Background {
         checkpoint: Checkpoint,
         arena_reused: bool,
     ) -> Background {
+        Background::with_pool(shared, targets, checkpoint, arena_reused, flush_pool())
+    }
+
+    /// [`Background::new`] with buffers of the caller's. With fewer than a full pool flushing allocates, as simulations may.
+    #[must_use]
+    pub fn with_pool(
+        shared: Arc<Shared>,
+        targets: BTreeMap<VolumeId, FlushTarget>,
+        checkpoint: Checkpoint,
+        arena_reused: bool,
+        pool: Vec<AlignedBuf>,
+    ) -> Background {
         let status = BackgroundStatus { checkpoint_lsn: checkpoint.lsn, ..BackgroundStatus::default() };
         Background {
             shared,
             targets,
             unsettled: Vec::new(),
-            pool: flush_pool(),
+            pool,
             checkpoint,
             epoch: None,
+            unfinished: None,
             failed_epoch: None,
             sealing: None,
             loading: None,
@@ -311,7 +293,7 @@ impl Background {
                 self.status.memory_problem = Some(error.report());
                 return;
             }
-            if self.arena_reused && self.is_whole(&region) {
+            if self.arena_reused && (is(Mutation::ArenaIsTrusted) || self.is_whole(&region)) {
                 self.loaded(&region);
                 continue;
             }
@@ -465,6 +447,11 @@ impl Background {
     }
 
     fn begin_epoch(&mut self, now_ns: u64) {
+        if let Some(mut run) = self.unfinished.take() {
+            run.resume();
+            self.epoch = Some(run);
+            return;
+        }
         let (epoch, regions, head) = {
             let mut core = self.shared.core.lock();
             if core.is_damaged() && core.cold_regions() > 0 {
@@ -499,7 +486,10 @@ impl Background {
         let plans = self.plan(&epoch, &regions);
         let time_ns = self.shared.clock.unix_ns();
         let volumes = plans.iter().map(|(volume, _)| *volume);
-        let checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        let mut checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        if is(Mutation::CheckpointTooHigh) {
+            checkpoint.lsn = self.shared.core.lock().durable();
+        }
         let rules = &self.shared.rules;
         self.epoch =
             Some(EpochRun::new(epoch, checkpoint, plans, rules.salt, self.shared.geometry.patch_bytes));
@@ -538,8 +528,10 @@ impl Background {
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
-        self.status.backing_problem = None;
-        self.status.stage_problem = None;
+        if !is(Mutation::ErrorStaysInStatus) {
+            self.status.backing_problem = None;
+            self.status.stage_problem = None;
+        }
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
         let head = self.checkpoint.head.seq;
@@ -551,12 +543,17 @@ impl Background {
     }
 
     fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {
-        self.failed_epoch = self.epoch.take().map(|run| run.epoch);
+        let run = self.epoch.take().expect("an epoch has failed");
+        self.failed_epoch = Some(run.epoch);
+        let repeated = is(Mutation::FailedCheckpointRepeatsTheEpoch);
+        self.unfinished = Some(run).filter(|run| run.only_checkpoint_failed() && !repeated);
         self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
         match target {
             Target::Backing(volume) => {
                 self.status.backing_errors += 1;
-                self.status.backing_problem = Some((volume, errno.to_string()));
+                if !is(Mutation::BackingErrorIsHidden) {
+                    self.status.backing_problem = Some((volume, errno.to_string()));
+                }
             }
             Target::Stage => {
                 self.status.stage_errors += 1;

@@ -17,6 +17,7 @@ use zerocopy::IntoBytes;
 use super::request::{Door, DoorIo, Request, RequestKind};
 use super::shared::{LOG_TOKEN, Mailbox, Shared};
 use crate::base::checksum::crc64;
+use crate::base::mutation::{Mutation, is};
 use crate::base::units::{align_down, align_up};
 use crate::base::{ByteRange, VolumeId};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
@@ -151,7 +152,9 @@ impl VolumeDoor {
         Ack {
             door: self.id,
             tag: request.tag,
-            durable: self.volume.ack == AckLevel::Log || request.fua || request.kind == RequestKind::Flush,
+            durable: (self.volume.ack == AckLevel::Log && !is(Mutation::AckBeforeDurable))
+                || (request.fua && !is(Mutation::FuaIsIgnored))
+                || request.kind == RequestKind::Flush,
             on_log_error: self.volume.on_log_error,
         }
     }
@@ -267,7 +270,9 @@ impl VolumeDoor {
         {
             // The place is claimed, so the log must hold something there: a record without effect.
             payload.fill(0);
-            kind = RecordKind::Void;
+            if !is(Mutation::UnfetchedWriteCounts) {
+                kind = RecordKind::Void;
+            }
             failed = Some(errno);
         }
         let record = Record {

@@ -13,6 +13,7 @@ use zerocopy::IntoBytes;
 
 use super::request::Wake;
 use crate::base::Lsn;
+use crate::base::mutation::{Mutation, is};
 use crate::format::geometry::Geometry;
 use crate::format::group::{GROUP_HEADER_BYTES, Group};
 use crate::io::{Memory, Op, OpKind, Target, Token};
@@ -185,7 +186,7 @@ impl Shared {
         Op {
             token: LOG_TOKEN,
             target: Target::Stage,
-            kind: OpKind::WriteDurable,
+            kind: if is(Mutation::LogWriteIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable },
             offset: self.geometry.region_offset(group.region) + u64::from(group.write_from),
             len: u64::from(len),
             memory: Memory::Shared {

@@ -35,10 +35,14 @@ pub enum Moment {
     Any,
     /// A write of a group.
     LogWrite,
+    /// A write of the first group of a region.
+    RegionBegins,
     /// Another write on the stage: patch zone, checkpoint, table.
     StageWrite,
     /// A write on a backing.
     BackingWrite,
+    /// A write of a backing's label.
+    Label,
     /// A sync.
     Sync,
 }
@@ -60,6 +64,10 @@ pub struct Control {
     pub faults: Faults,
     /// Faults injected so far.
     pub faults_injected: u64,
+    /// Sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
+    pub subset: Option<u64>,
+    /// Sectors that a power cut found unflushed, and of them those that kept nothing, got parts, or garbage.
+    pub sectors: [u64; 4],
     /// Hash of everything that happened.
     pub trace: u64,
     /// Lines for people, if wanted.
@@ -91,18 +99,30 @@ pub fn lock(ctl: &Ctl) -> MutexGuard<'_, Control> {
     ctl.lock().expect("no other thread panicked with it")
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Version {
     at: u64,
     bytes: Vec<u8>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct State {
     persistent: Vec<u8>,
     visible: Vec<u8>,
     unflushed: BTreeMap<u64, Vec<Version>>,
     clock: u64,
+}
+
+/// A disk's state, to be put back.
+#[derive(Clone, Debug)]
+pub struct Saved(State);
+
+impl Saved {
+    /// What a reader saw then in a range.
+    #[must_use]
+    pub fn visible(&self, offset: u64, len: usize) -> &[u8] {
+        &self.0.visible[offset as usize..][..len]
+    }
 }
 
 /// What becomes of dirty data when a sync fails.
@@ -168,6 +188,47 @@ impl SimDisk {
         self.state().persistent[offset as usize..][..len].to_vec()
     }
 
+    /// Keeps its state.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        Saved(self.state().clone())
+    }
+
+    /// Puts a state back: its own, or that of another disk that takes its place.
+    pub fn put_back(&self, saved: &Saved) {
+        *self.state() = saved.0.clone();
+    }
+
+    /// Whether readers see what they saw then.
+    #[must_use]
+    pub fn is_as(&self, saved: &Saved) -> bool {
+        self.state().visible == saved.0.visible
+    }
+
+    /// Changes what is on the medium behind everybody's back.
+    pub fn damage(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.state();
+        state.visible[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        state.persistent[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// What readers see is on the medium from now on.
+    pub fn settle(&self) {
+        let mut state = self.state();
+        let state = &mut *state;
+        state.persistent.clone_from(&state.visible);
+        state.unflushed.clear();
+    }
+
+    /// Cuts the end off.
+    pub fn shrink(&self, bytes: u64) {
+        let mut state = self.state();
+        let len = state.visible.len() - bytes as usize;
+        state.visible.truncate(len);
+        state.persistent.truncate(len);
+        state.unflushed.retain(|&at, _| (at + 1) * u64::from(self.sector) <= len as u64);
+    }
+
     /// Panics unless direct I/O would accept the range.
     pub fn check_aligned(&self, offset: u64, len: u64) {
         let sector = u64::from(self.sector);
@@ -201,9 +262,14 @@ impl SimDisk {
 
     /// Carries out a write that fails: some sectors of it.
     pub fn apply_failed(&self, offset: u64, data: &[u8], rng: &mut Rng) {
-        match rng.below(3) {
+        match rng.below(4) {
             0 => {}
             1 => self.apply(offset, data),
+            2 => {
+                // A short transfer: the first sectors only.
+                let sectors = rng.below(data.len() as u64 / u64::from(self.sector));
+                self.apply(offset, &data[..(sectors * u64::from(self.sector)) as usize]);
+            }
             _ => {
                 // Sectors stay, are written, or get one half: bytes that did not change stay what they were.
                 let mut torn = self.visible(offset, data.len());
@@ -288,10 +354,21 @@ impl SimDisk {
                 versions.entry(offset / sector as u64 + i as u64).or_default().push(bytes.to_vec());
             }
         }
+        let mut counts = [versions.len() as u64, 0, 0, 0];
         for (at, candidates) in versions {
             let from = at as usize * sector;
             let kept = &mut state.persistent[from..from + sector];
+            if let Some(subset) = &mut lock(&self.ctl).subset {
+                if *subset & 1 == 1 {
+                    kept.copy_from_slice(candidates.last().expect("a version"));
+                } else {
+                    counts[1] += 1;
+                }
+                *subset >>= 1;
+                continue;
+            }
             if rng.chance(lost) {
+                counts[1] += 1;
                 continue;
             }
             // The newest is the likeliest, but any may have reached the medium last.
@@ -304,6 +381,7 @@ impl SimDisk {
                 &candidates[index]
             };
             if rng.chance(torn) {
+                counts[2] += 1;
                 let (head, tail) = (choose(rng).clone(), choose(rng).clone());
                 match rng.below(3) {
                     0 => kept[..sector / 2].copy_from_slice(&head[..sector / 2]),
@@ -314,6 +392,7 @@ impl SimDisk {
                     }
                 }
             } else if rng.chance(garbage) {
+                counts[3] += 1;
                 rng.fill(kept);
             } else {
                 kept.copy_from_slice(choose(rng));
@@ -321,6 +400,8 @@ impl SimDisk {
         }
         state.unflushed.clear();
         state.visible.copy_from_slice(&state.persistent);
+        let mut ctl = lock(&self.ctl);
+        (0..4).for_each(|i| ctl.sectors[i] += counts[i]);
     }
 
     /// Counts a blocking call as a step. `Err`: it does not happen.
@@ -399,6 +480,19 @@ impl Disk for SimDisk {
             return Err(self.error("sync"));
         }
         self.sync_from(u64::MAX);
+        Ok(())
+    }
+
+    fn drop_cache(&self) -> Result<()> {
+        // What a failed sync has left for readers alone is gone; what is dirty stays.
+        let mut state = self.state();
+        let state = &mut *state;
+        let sector = self.sector as usize;
+        state.visible.copy_from_slice(&state.persistent);
+        for (&at, versions) in &state.unflushed {
+            let newest = &versions.last().expect("a version").bytes;
+            state.visible[at as usize * sector..][..sector].copy_from_slice(newest);
+        }
         Ok(())
     }
 

@@ -6,17 +6,39 @@
 //! | `rng` | the one source of chance |
 //! | `disk` | disks with a volatile cache, faults, and what a power cut makes of them |
 //! | `client` | what the clients ask for |
-//! | `model` | the checker: what promise P1 and a client's view of a disk demand |
+//! | `door_io`, `flight`, `memory`, `site` | a client's side of a door, operations in flight, their memory, disks and time |
+//! | `model` | the list of accepted changes |
+//! | `checkers` | what that list and the promises demand, one promise a file |
+//! | `ending` | how a server ends |
 //! | `running` | one server's life: doors, background, operations in flight |
+//! | `changes` | volumes that grow, doors that close and open |
+//! | `probe` | damaged, old and wrong devices between two servers, tried on forks of the story |
+//! | `setup` | a story's disks, stage and volumes |
+//! | `script` | chosen requests, for stories that try everything within bounds |
+//! | `runner` | many stories on several threads |
 //! | `world` | a seed's story: servers that die in turn, and the checks between them |
+//! | `report` | what a story tells: numbers, or what broke |
 //!
 //! The same seed gives the same story, step for step; a failure names the seed, the step and how to replay it.
 
+pub mod changes;
+pub mod checkers;
 pub mod client;
 pub mod disk;
+pub mod door_io;
+pub mod ending;
+pub mod flight;
+pub mod memory;
 pub mod model;
+pub mod probe;
+pub mod report;
 pub mod rng;
+pub mod runner;
 pub mod running;
+pub mod script;
+pub mod setup;
+pub mod site;
 pub mod world;
 
-pub use world::{CrashAt, CrashKind, Failure, Options, Report, run};
+pub use report::{CrashAt, CrashKind, Failure, Options, Report, Sometimes};
+pub use world::run;

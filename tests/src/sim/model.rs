@@ -1,5 +1,5 @@
-//! The checker. It knows every accepted change in the order of the log, because doors tell the place of each, and what was
-//! acknowledged with which promise. All demands follow from that list:
+//! What the checkers know: every accepted change in the order of the log, because doors tell the place of each, and what
+//! was acknowledged with which promise. All demands follow from that list:
 //!
 //! - after a crash the content of all volumes is the effect of one prefix of it, no shorter than what was promised (P1);
 //! - a read gives, byte by byte, what the list holds at some place between the newest change that was acknowledged before
@@ -34,25 +34,27 @@ pub struct Change {
     pub effect: Effect,
 }
 
-#[derive(Debug)]
-struct Volume {
+/// A volume as it was at the base of the list.
+#[derive(Clone, Debug)]
+pub struct Volume {
     /// Content at `base`; `None`: anything.
-    content: Vec<Option<u8>>,
-    discards: bool,
+    pub content: Vec<Option<u8>>,
+    /// Whether a discard gives zeroes.
+    pub discards: bool,
 }
 
 /// The checker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Model {
-    volumes: Vec<Volume>,
+    pub(super) volumes: Vec<Volume>,
     /// Position in the order that `content` has reached.
-    base: u64,
+    pub(super) base: u64,
     /// Changes after it. A place can be missing: claimed, and its holder has not been told yet.
-    changes: BTreeMap<u64, Change>,
+    pub(super) changes: BTreeMap<u64, Change>,
     /// Newest acknowledged change; all before it are as good as acknowledged.
-    acknowledged: u64,
+    pub(super) acknowledged: u64,
     /// Newest change promised to survive a power cut.
-    durable: u64,
+    pub(super) durable: u64,
 }
 
 impl Model {
@@ -109,87 +111,23 @@ impl Model {
         self.changes.keys().next_back().copied().unwrap_or(self.base)
     }
 
-    /// A server came back with the prefix up to `end`, where at least `required` was promised. From now on that is what
-    /// clients see.
-    pub fn recovered(&mut self, end: u64, required: u64) -> Result<(), String> {
-        if end < required {
-            return Err(format!("P1: the prefix ends at LSN {end}, but LSN {required} was promised"));
-        }
-        assert!(self.base <= required, "only what was promised for ever is folded in");
-        self.changes.split_off(&(end + 1));
-        let known = self.base + self.changes.len() as u64;
-        if known != end {
-            return Err(format!("P1: the prefix ends at LSN {end}, but LSN {} was never filled", known + 1));
-        }
-        // What the next power cut may take back stays a list.
-        let rest = self.changes.split_off(&(self.durable + 1));
-        for change in std::mem::replace(&mut self.changes, rest).into_values() {
-            let volume = &mut self.volumes[change.volume];
-            for at in change.range.clone() {
-                let before = volume.content[at as usize];
-                volume.content[at as usize] = after(&change, volume.discards, at, before);
-            }
-        }
-        self.base = self.base.max(self.durable);
-        self.acknowledged = end;
-        Ok(())
+    /// `volume` has grown to `size_bytes`: what is in the added space is not known.
+    pub fn grow(&mut self, volume: usize, size_bytes: u64) {
+        let content = &mut self.volumes[volume].content;
+        assert!(content.len() as u64 <= size_bytes, "volumes do not shrink");
+        content.resize(size_bytes as usize, None);
     }
 
-    /// Checks bytes of `volume` from `offset` on that were read while the log went from `from` to `to`.
-    pub fn check(&self, volume: usize, offset: u64, data: &[u8], from: u64, to: u64) -> Result<(), String> {
-        let end = offset + data.len() as u64;
-        let known = &self.volumes[volume];
-        let mut overlapping: Vec<(u64, &Change)> = self
-            .changes
-            .range(..=to)
-            .filter(|(_, c)| c.volume == volume && c.range.start < end && c.range.end > offset)
-            .map(|(&lsn, change)| (lsn, change))
-            .collect();
-        // What a newer change that counts for sure covers completely needs no look.
-        let covers = |c: &Change| {
-            c.range.start <= offset && c.range.end >= end && !matches!(c.effect, Effect::Nothing)
-        };
-        if let Some(first) = overlapping.iter().rposition(|&(lsn, c)| lsn <= from && covers(c)) {
-            overlapping.drain(..first);
-        }
-        let mut legal = Vec::new();
-        for (at, &got) in (offset..end).zip(data) {
-            let mut value = known.content[at as usize];
-            let mut newest = self.base;
-            legal.clear();
-            for &(lsn, change) in overlapping.iter().filter(|(_, c)| c.range.contains(&at)) {
-                if lsn > from {
-                    legal.push((newest, value));
-                }
-                value = after(change, known.discards, at, value);
-                newest = lsn;
-            }
-            legal.push((newest, value));
-            if !legal.iter().any(|(_, value)| value.is_none_or(|value| value == got)) {
-                let wanted: Vec<String> = legal
-                    .iter()
-                    .map(|(lsn, value)| format!("{:#04x} (LSN {lsn})", value.unwrap_or_default()))
-                    .collect();
-                return Err(format!(
-                    "volume {volume} byte {at} is {got:#04x}; between LSN {from} and {to} it was {}{}",
-                    wanted.join(", "),
-                    self.history(volume, at, got),
-                ));
-            }
-        }
-        Ok(())
+    /// What was promised beyond `lsn` is taken back: for forks in which a fault excuses that.
+    pub fn give_up(&mut self, lsn: u64) {
+        self.acknowledged = self.acknowledged.min(lsn.max(self.base));
+        self.durable = self.durable.min(lsn.max(self.base));
     }
 
-    /// Which changes had that value there: for people.
-    fn history(&self, volume: usize, at: u64, got: u8) -> String {
-        let holders: Vec<u64> = self
-            .changes
-            .iter()
-            .filter(|(_, c)| c.volume == volume && c.range.contains(&at))
-            .filter(|(_, c)| after(c, true, at, None) == Some(got))
-            .map(|(&lsn, _)| lsn)
-            .collect();
-        if holders.is_empty() { String::new() } else { format!("; LSN {holders:?} would give that") }
+    /// The position in the order that is settled for ever.
+    #[must_use]
+    pub fn base(&self) -> u64 {
+        self.base
     }
 
     /// Size of `volume`.
@@ -199,7 +137,9 @@ impl Model {
     }
 }
 
-fn after(change: &Change, discards: bool, at: u64, before: Option<u8>) -> Option<u8> {
+/// What a byte is after a change.
+#[must_use]
+pub fn after(change: &Change, discards: bool, at: u64, before: Option<u8>) -> Option<u8> {
     match &change.effect {
         Effect::Bytes(bytes) => Some(bytes[(at - change.range.start) as usize]),
         Effect::Zero => Some(0),

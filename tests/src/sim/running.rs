@@ -1,243 +1,60 @@
 //! One server's life: its doors with their clients' requests, its background, and the operations in flight. What happens
 //! next is drawn from everything that could.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use tidegate_driver::base::{Lsn, VolumeId};
+use tidegate_driver::base::{RegionSeq, VolumeId};
+use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::{Done, Errno, Op, OpKind, Target};
+use tidegate_driver::io::{Done, Op, OpKind, Target};
 use tidegate_driver::recovery::Opened;
 use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
 use tidegate_driver::volume::background::Background;
 use tidegate_driver::volume::door::VolumeShared;
 use tidegate_driver::volume::shared::{Clock, LOG_TOKEN, Shared};
-use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, VolumeDoor, Wake};
+use tidegate_driver::volume::{Door, Request, RequestKind, VolumeDoor, Wake};
 
+use super::checkers::answers::judge;
+use super::checkers::bounds::Bounds;
+use super::checkers::liveness::Liveness;
+use super::checkers::status::Status;
 use super::client::Habits;
-use super::disk::{Ctl, Moment, SimDisk, SyncFailure, lock};
-use super::model::{Change, Effect, Model};
-use super::rng::Rng;
+use super::disk::{Moment, lock};
+use super::door_io::{Asked, Io};
+use super::flight::{Flight, Owner, execute};
+use super::memory;
+use super::model::Model;
+use super::report::Sometimes;
+use super::script::{self, Do};
+use super::site::{Flag, Site, Stop, disk_of};
 
-/// Why a life ends early.
-#[derive(Debug)]
-pub enum Stop {
-    /// The step of the crash was reached.
-    Crash,
-    /// A promise was broken.
-    Fail(String),
-}
-
-impl From<String> for Stop {
-    fn from(what: String) -> Stop {
-        Stop::Fail(what)
-    }
-}
-
-/// Virtual time.
-#[derive(Debug, Default)]
-pub struct SimClock(pub AtomicU64);
-
-impl Clock for SimClock {
-    fn unix_ns(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn monotonic_ns(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// A wake-up that the scheduler delivers when it likes.
-#[derive(Debug, Default)]
-struct Flag(AtomicBool);
-
-impl Wake for Flag {
-    fn wake(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-impl Flag {
-    fn take(&self) -> bool {
-        self.0.swap(false, Ordering::Relaxed)
-    }
-
-    fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// A request that is not complete.
-#[derive(Clone, Debug)]
-pub struct Asked {
-    /// The request.
-    pub request: Request,
-    /// Its content, for a write.
-    pub content: Option<Arc<[u8]>>,
-    /// Its volume, by position.
-    pub volume: usize,
-    /// Newest acknowledged change when it began.
-    acknowledged: u64,
-    lsn: Option<u64>,
-    voided: bool,
-    got: Vec<u8>,
-    done: Option<Result<(), Errno>>,
-}
-
-/// What does not change from one server to the next.
-pub struct Site<'a> {
-    /// Chance, steps, faults.
-    pub ctl: &'a Ctl,
-    /// The stage's disk.
-    pub stage: &'a SimDisk,
-    /// The backings, by position of their volume.
-    pub backings: &'a [SimDisk],
-    /// Time.
-    pub clock: &'a Arc<SimClock>,
-    /// Longest time an operation takes, in ns.
-    pub latency_ns: u64,
-}
-
-/// Things that should happen in some world or other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sometimes {
-    /// Requests completed.
-    pub requests: u64,
-    /// Claims that waited for space.
-    pub space_waits: u64,
-    /// Log writes that failed.
-    pub log_errors: u64,
-    /// Flush attempts that failed.
-    pub backing_errors: u64,
-    /// Epochs flushed.
-    pub epochs: u64,
-    /// Most regions opened in one life.
-    pub regions: u64,
-}
-
-struct SimDoor {
+/// A door and its client.
+pub(super) struct SimDoor {
     door: VolumeDoor,
     volume: usize,
     woken: Arc<Flag>,
     /// Whether `batch_end` is due.
     gathered: bool,
-    asked: BTreeMap<u32, Asked>,
+    pub(super) asked: BTreeMap<u32, Asked>,
     next_ns: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owner {
-    Door(usize),
-    Background,
-}
-
-struct Flight {
-    owner: Owner,
-    op: Op,
-    ready_ns: u64,
-    /// What is being written, as it was when the operation began.
-    data: Vec<u8>,
-    /// The disk's moment when it began.
-    moment: u64,
-}
-
-struct Io<'a> {
-    asked: &'a mut BTreeMap<u32, Asked>,
-    model: &'a mut Model,
-    submitted: Vec<Op>,
-    completed: Vec<u32>,
-    wrong: Option<String>,
-    fetch_fails: bool,
-}
-
-impl DoorIo for Io<'_> {
-    fn submit(&mut self, op: Op) {
-        self.submitted.push(op);
-    }
-
-    fn placed(&mut self, tag: u32, lsn: Lsn) {
-        let asked = self.asked.get_mut(&tag).expect("a request in flight");
-        let request = asked.request;
-        let effect = match request.kind {
-            RequestKind::Write => Effect::Bytes(asked.content.clone().expect("a write has content")),
-            RequestKind::WriteZeroes => Effect::Zero,
-            _ => Effect::Discard,
-        };
-        assert!(asked.lsn.is_none(), "request {tag} is placed twice");
-        asked.lsn = Some(lsn.0);
-        let range = request.offset..request.offset + request.len;
-        self.model.placed(lsn.0, Change { volume: asked.volume, range, effect });
-    }
-
-    fn fetch(&mut self, tag: u32, offset: u32, into: &mut [u8]) -> Result<(), Errno> {
-        let asked = self.asked.get_mut(&tag).expect("a request in flight");
-        if self.fetch_fails {
-            asked.voided = true;
-            self.model.voided(asked.lsn.expect("placed before it is fetched"));
-            into.fill(0xee);
-            return Err(Errno(libc_efault()));
-        }
-        let content = asked.content.as_ref().expect("a write has content");
-        into.copy_from_slice(&content[offset as usize..offset as usize + into.len()]);
-        Ok(())
-    }
-
-    fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> Result<(), Errno> {
-        let asked = self.asked.get_mut(&tag).expect("a request in flight");
-        asked.got.resize(asked.request.len as usize, 0);
-        asked.got[offset as usize..offset as usize + from.len()].copy_from_slice(from);
-        Ok(())
-    }
-
-    fn complete(&mut self, tag: u32, result: Result<(), Errno>) {
-        match self.asked.get_mut(&tag) {
-            Some(asked) if asked.done.is_none() => {
-                asked.done = Some(result);
-                self.completed.push(tag);
-            }
-            _ => self.wrong = Some(format!("request {tag} is completed twice")),
-        }
-    }
-}
-
-fn libc_efault() -> i32 {
-    14
-}
-
-/// Copies between an operation's memory and a buffer.
-#[expect(unsafe_code, reason = "operations name parts of the arena's mapping")]
-mod memory {
-    use tidegate_driver::io::Memory;
-
-    /// The bytes of a write.
-    pub fn bytes(memory: &Memory) -> Vec<u8> {
-        match memory {
-            Memory::None => Vec::new(),
-            Memory::Owned(buf) => buf.to_vec(),
-            Memory::Shared { region, offset, len } => {
-                assert!(offset + len <= region.len_bytes());
-                // SAFETY: in bounds; the submitter guarantees that nobody writes there, and there is one thread.
-                unsafe { std::slice::from_raw_parts(region.base().add(*offset), *len) }.to_vec()
-            }
-        }
-    }
-
-    /// Fills the memory of a read.
-    pub fn fill(memory: &mut Memory, data: &[u8]) {
-        match memory {
-            Memory::None => assert!(data.is_empty()),
-            Memory::Owned(buf) => buf.copy_from_slice(data),
-            Memory::Shared { region, offset, len } => {
-                assert!(*offset + *len <= region.len_bytes() && *len == data.len());
-                // SAFETY: in bounds; the submitter guarantees that nobody uses the part, and there is one thread.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(data.as_ptr(), region.base().add(*offset), data.len());
-                }
-            }
+impl SimDoor {
+    fn new(shared: &Arc<Shared>, of: &Arc<VolumeShared>, volume: usize, id: u32) -> SimDoor {
+        let id = DoorId(id);
+        let woken = Arc::new(Flag::default());
+        let mailbox = shared.add_door(id, woken.clone());
+        SimDoor {
+            door: VolumeDoor::new(shared.clone(), of.clone(), id, mailbox),
+            volume,
+            woken,
+            gathered: false,
+            asked: BTreeMap::new(),
+            next_ns: 0,
         }
     }
 }
@@ -253,34 +70,34 @@ enum Event {
 
 /// A server.
 pub struct Running {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     background: Background,
     background_woken: Arc<Flag>,
     deadline_ns: Option<u64>,
-    doors: Vec<SimDoor>,
-    flights: Vec<Flight>,
+    pub(super) doors: Vec<SimDoor>,
+    pub(super) flights: Vec<Flight>,
     /// The superblock as it is on the stage.
     pub superblock: Superblock,
     acks: Vec<(AckLevel, OnLogError)>,
+    volumes: Vec<Arc<VolumeShared>>,
+    next_door: u32,
     /// How clients behave; `None`: they ask nothing new.
     pub habits: Option<Habits>,
     /// Requests that are to be asked again, per volume.
     pub again: Vec<Asked>,
+    /// Whether the devices are damaged, so that the server may find that.
+    pub damage_is_expected: bool,
+    /// Requests to be asked instead of those by habit.
+    pub script: VecDeque<Do>,
     /// Requests still to be asked by the clients.
     pub quota: u64,
     first_region: u64,
-    spins: u32,
+    liveness: Liveness,
+    bounds: Bounds,
+    says: Status,
     payload_max: u64,
     had_faults: bool,
     requests: u64,
-}
-
-/// Kill or power cut, and what is left of what was going on.
-pub struct Remains {
-    /// Requests without an answer.
-    pub unanswered: Vec<Asked>,
-    /// Everything up to here was accepted.
-    pub published: u64,
 }
 
 impl Running {
@@ -296,10 +113,17 @@ impl Running {
             site.clock.clone(),
             background_woken.clone(),
         ));
-        let background =
-            Background::new(shared.clone(), opened.targets, opened.checkpoint, opened.report.arena_used);
-        let mut all = Vec::new();
+        let background = Background::with_pool(
+            shared.clone(),
+            opened.targets,
+            opened.checkpoint,
+            opened.report.arena_used,
+            Vec::new(),
+        );
+        let mut all: Vec<SimDoor> = Vec::new();
         let mut acks = Vec::new();
+        let mut volumes = Vec::new();
+        let mut next_door = 1;
         for (volume, info) in opened.superblock.volumes.iter().enumerate() {
             acks.push((info.ack, info.on_log_error));
             let volume_shared = Arc::new(VolumeShared {
@@ -311,18 +135,10 @@ impl Running {
                 doors: Default::default(),
                 counters: Default::default(),
             });
+            volumes.push(volume_shared.clone());
             for _ in 0..doors[volume] {
-                let id = DoorId(all.len() as u32 + 1);
-                let woken = Arc::new(Flag::default());
-                let mailbox = shared.add_door(id, woken.clone());
-                all.push(SimDoor {
-                    door: VolumeDoor::new(shared.clone(), volume_shared.clone(), id, mailbox),
-                    volume,
-                    woken,
-                    gathered: false,
-                    asked: BTreeMap::new(),
-                    next_ns: 0,
-                });
+                all.push(SimDoor::new(&shared, &volume_shared, volume, next_door));
+                next_door += 1;
             }
         }
         Running {
@@ -338,8 +154,14 @@ impl Running {
             habits: None,
             again: Vec::new(),
             quota: 0,
+            script: VecDeque::new(),
+            damage_is_expected: false,
+            volumes,
+            next_door,
             first_region,
-            spins: 0,
+            liveness: Liveness::default(),
+            bounds: Bounds::default(),
+            says: Status::default(),
             had_faults: false,
             requests: 0,
         }
@@ -374,20 +196,17 @@ impl Running {
             if !events.is_empty() {
                 let event = events[lock(site.ctl).rng.below(events.len() as u64) as usize];
                 self.handle(event, now, site, model)?;
+                let of_background = self.flights.iter().filter(|f| f.owner == Owner::Background).count();
+                self.bounds.check(&self.shared.core.lock(), of_background, self.log_writes())?;
                 return Ok(true);
             }
             let Some(next) = self.next_ns() else {
                 if self.is_waiting() {
-                    return Err(Stop::Fail(self.describe_stall()));
+                    return Err(Stop::Fail(Liveness::stalled(&self.waiting(), &self.shared.core.lock())));
                 }
                 return Ok(false);
             };
-            self.spins = if next <= now + 1000 { self.spins + 1 } else { 0 };
-            if self.spins > 5000 {
-                return Err(Stop::Fail(
-                    "the background spins: it asks to be called at once, again and again".into(),
-                ));
-            }
+            self.liveness.waits(now, next)?;
             site.clock.0.store(next.max(now), Ordering::Relaxed);
         }
     }
@@ -398,31 +217,46 @@ impl Running {
         self.flights.iter().any(|f| match moment {
             Moment::Any => true,
             Moment::LogWrite => on_stage(f) && f.op.token == LOG_TOKEN,
+            Moment::RegionBegins => {
+                let in_regions = f.op.offset.checked_sub(self.shared.geometry.region_offset(RegionSeq(1)));
+                let region_bytes = u64::from(self.shared.geometry.region_bytes);
+                on_stage(f)
+                    && f.op.token == LOG_TOKEN
+                    && in_regions.is_some_and(|at| at.is_multiple_of(region_bytes))
+            }
             Moment::StageWrite => on_stage(f) && f.op.token != LOG_TOKEN,
             Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
+            Moment::Label => match f.op.target {
+                Target::Stage => false,
+                Target::Backing(id) => {
+                    let size = &self.volumes[usize::from(id.0) - 1].size_bytes;
+                    !f.data.is_empty() && f.op.offset >= size.load(Ordering::Acquire)
+                }
+            },
             Moment::Sync => f.op.kind == OpKind::Sync,
         }) || moment == Moment::Any
     }
 
-    fn describe_stall(&self) -> String {
-        let core = self.shared.core.lock();
-        let asked: Vec<String> = self
-            .doors
-            .iter()
-            .enumerate()
-            .flat_map(|(i, d)| {
-                d.asked.values().map(move |a| format!("door {i} {:?} lsn {:?}", a.request, a.lsn))
-            })
-            .collect();
+    /// The requests without an answer, for people.
+    fn waiting(&self) -> Vec<String> {
+        let of = |(i, door): (usize, &SimDoor)| -> Vec<String> {
+            door.asked.values().map(|a| format!("door {i} {:?} lsn {:?}", a.request, a.lsn)).collect()
+        };
+        self.doors.iter().enumerate().flat_map(of).collect()
+    }
+
+    /// What still goes on in a life that should have ended, for people.
+    #[must_use]
+    pub fn unfinished(&self) -> String {
         format!(
-            "nothing can happen any more, but requests wait: {asked:?}; claimed {} published {} durable {} checkpoint {} \
-             waiting {} regions {}",
-            core.claimed(),
-            core.published(),
-            core.durable(),
-            core.checkpoint(),
-            core.waiting(),
-            core.ring().regions().len()
+            "requests do not come to an end: {} to be asked, {} again, in flight {:?}; background {:?}, next call {:?}, {} \
+             operations",
+            self.quota,
+            self.again.len(),
+            self.waiting(),
+            self.background.status,
+            self.deadline_ns,
+            self.flights.len()
         )
     }
 
@@ -490,9 +324,14 @@ impl Running {
         for op in submitted {
             self.submit(Owner::Background, op, now, site);
         }
-        if let Some(damage) = &self.background.status.damage {
+        if let Some(damage) = &self.background.status.damage
+            && !self.damage_is_expected
+        {
             return Err(Stop::Fail(format!("damage reported where there is none: {damage}")));
         }
+        let (is_flushing, log_in_flight) = (self.background.is_flushing(), self.log_writes() > 0);
+        let core = self.shared.core.lock();
+        self.says.check(&self.background.status, &core, is_flushing, log_in_flight)?;
         Ok(())
     }
 
@@ -505,7 +344,10 @@ impl Running {
             let habits = self.habits.expect("clients are active");
             self.quota -= 1;
             self.doors[i].next_ns = now + habits.pause_ns(&mut ctl.rng);
-            habits.next(&mut ctl.rng, tag, model.size(volume), self.payload_max)
+            match self.script.pop_front() {
+                Some(op) => script::request(op, tag, model.size(volume), &mut ctl.rng),
+                None => habits.next(&mut ctl.rng, tag, model.size(volume), self.payload_max),
+            }
         } else {
             let asked = self.again.swap_remove(lock(site.ctl).rng.pick(&again));
             (Request { tag, ..asked.request }, asked.content)
@@ -516,16 +358,7 @@ impl Running {
     /// Asks the first door of `volume` to read a range, once it has room.
     pub fn read(&mut self, volume: usize, offset: u64, len: u64) {
         let request = Request { tag: 0, kind: RequestKind::Read, offset, len, fua: false };
-        self.again.push(Asked {
-            request,
-            content: None,
-            volume,
-            acknowledged: 0,
-            lsn: None,
-            voided: false,
-            got: Vec::new(),
-            done: None,
-        });
+        self.again.push(Asked::new(request, None, volume, 0));
     }
 
     fn put(
@@ -543,16 +376,7 @@ impl Running {
         );
         self.requests += 1;
         let door = &mut self.doors[i];
-        let asked = Asked {
-            request,
-            content,
-            volume: door.volume,
-            acknowledged: model.acknowledged(),
-            lsn: None,
-            voided: false,
-            got: Vec::new(),
-            done: None,
-        };
+        let asked = Asked::new(request, content, door.volume, model.acknowledged());
         door.asked.insert(request.tag, asked);
         door.gathered = true;
         self.with_door(i, now, site, model, |door, io| door.request(request, io))
@@ -628,6 +452,7 @@ impl Running {
             return Err(Stop::Fail(format!("memory of an operation in flight was changed: {:?}", flight.op)));
         }
         let result = execute(&mut flight, site);
+        self.says.ended(&flight, result);
         lock(site.ctl).note(
             &format!("done {:?} {:?}", flight.op.target, flight.op.kind),
             &[flight.op.offset, flight.op.len, result.err().map_or(0, |e| e.0 as u64)],
@@ -644,6 +469,48 @@ impl Running {
                 Ok(())
             }
         }
+    }
+
+    /// Closes a door of `volume` that has nothing to do, and opens another. Returns whether there was one.
+    pub fn reattach(&mut self, volume: usize) -> bool {
+        let idle = |d: &SimDoor| d.volume == volume && d.asked.is_empty() && !d.gathered && !d.door.is_busy();
+        let Some(at) = self.doors.iter().position(idle) else { return false };
+        if self.doors[at].woken.is_set() {
+            return false;
+        }
+        let next_ns = self.doors[at].next_ns;
+        self.doors[at] = SimDoor::new(&self.shared, &self.volumes[volume], volume, self.next_door);
+        self.doors[at].next_ns = next_ns;
+        self.next_door += 1;
+        true
+    }
+
+    /// Begins no new epoch while `held`.
+    pub fn hold(&mut self, held: bool) {
+        self.background.hold(held);
+        self.background_woken.wake();
+    }
+
+    /// Whether an epoch is being flushed.
+    #[must_use]
+    pub fn is_flushing(&self) -> bool {
+        self.background.is_flushing()
+    }
+
+    /// Whether the server has found damage.
+    #[must_use]
+    pub fn is_damaged(&self) -> bool {
+        self.background.status.damage.is_some()
+    }
+
+    /// The label of a volume's backing, to change.
+    pub fn label(&mut self, volume: VolumeId) -> &mut Label {
+        &mut self.background.target_mut(volume).expect("a volume in use").label
+    }
+
+    /// A volume has grown.
+    pub fn set_size(&mut self, volume: usize, size_bytes: u64) {
+        self.volumes[volume].size_bytes.store(size_bytes, Ordering::Release);
     }
 
     /// Begins to flush everything; `Running::checkpoint` tells when it is done.
@@ -664,6 +531,16 @@ impl Running {
     #[must_use]
     pub fn checkpoint(&self) -> u64 {
         self.shared.core.lock().checkpoint().0
+    }
+
+    fn log_writes(&self) -> usize {
+        self.flights.iter().filter(|f| f.op.token == LOG_TOKEN).count()
+    }
+
+    /// Everything up to here was accepted.
+    #[must_use]
+    pub fn published(&self) -> u64 {
+        self.shared.core.lock().published().0
     }
 
     /// Everything up to here is on the log.
@@ -692,157 +569,9 @@ impl Running {
         }
     }
 
-    /// The process is gone: the kernel completes what it likes of the operations in flight.
-    pub fn kill(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 3);
-        while !self.flights.is_empty() {
-            let mut flight = self.flights.swap_remove(rng.below(self.flights.len() as u64) as usize);
-            let disk = disk_of(site, flight.op.target);
-            match (rng.below(3), flight.op.kind) {
-                (0, _) => {}
-                (1, OpKind::WriteDurable) => disk.apply(flight.op.offset, &flight.data),
-                _ => {
-                    let _ = execute(&mut flight, site);
-                }
-            }
-        }
-        self.remains()
-    }
-
-    /// Power is cut.
-    pub fn power_cut(mut self, site: &Site<'_>) -> Remains {
-        let mut rng = Rng::new(lock(site.ctl).rng.draw(), 4);
-        let flights = std::mem::take(&mut self.flights);
-        let targets = std::iter::once(Target::Stage)
-            .chain((0..site.backings.len()).map(|v| Target::Backing(VolumeId(v as u16 + 1))));
-        for target in targets {
-            let writes: Vec<(u64, Vec<u8>)> = flights
-                .iter()
-                .filter(|f| f.op.target == target && !f.data.is_empty())
-                .map(|f| (f.op.offset, f.data.clone()))
-                .collect();
-            disk_of(site, target).power_cut(&writes, &mut rng);
-        }
-        self.remains()
-    }
-
-    fn remains(self) -> Remains {
-        let published = self.shared.core.lock().published().0;
-        let mut unanswered = self.again;
-        for door in self.doors {
-            unanswered.extend(door.asked.into_values().map(|a| Asked {
-                lsn: None,
-                voided: false,
-                got: Vec::new(),
-                done: None,
-                ..a
-            }));
-        }
-        Remains { unanswered, published }
-    }
-
     /// The arena in use.
     #[must_use]
     pub fn arena(&self) -> &Arena {
         &self.shared.arena
-    }
-}
-
-fn disk_of<'a>(site: &Site<'a>, target: Target) -> &'a SimDisk {
-    match target {
-        Target::Stage => site.stage,
-        Target::Backing(volume) => &site.backings[usize::from(volume.0) - 1],
-    }
-}
-
-/// Carries out an operation, or fails it.
-fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
-    let disk = disk_of(site, flight.op.target);
-    let (kind, offset) = (flight.op.kind, flight.op.offset);
-    let on_stage = flight.op.target == Target::Stage;
-    match kind {
-        OpKind::Discard if !disk.discards => return Err(Errno::EOPNOTSUPP),
-        OpKind::WriteZeroes if !disk.zeroes => return Err(Errno::EOPNOTSUPP),
-        _ => {}
-    }
-    let fault = {
-        let mut ctl = lock(site.ctl);
-        let faults = ctl.faults;
-        let rate = match kind {
-            // A region that cannot be read ends the server's service; the world does not try that.
-            OpKind::Read if on_stage => 0,
-            OpKind::Read => faults.read,
-            OpKind::Sync => faults.sync,
-            _ if on_stage => faults.stage_write,
-            _ => faults.backing_write,
-        };
-        let fails = rate > 0 && ctl.rng.chance(rate);
-        ctl.faults_injected += u64::from(fails);
-        fails.then(|| Rng::new(ctl.rng.draw(), 5))
-    };
-    if let Some(mut rng) = fault {
-        match kind {
-            OpKind::Read => {}
-            OpKind::Sync => {
-                let how = rng.pick(&[SyncFailure::Kept, SyncFailure::Dropped, SyncFailure::Forgotten]);
-                disk.sync_failed(flight.moment, how, &mut rng);
-            }
-            _ => disk.apply_failed(offset, &flight.data, &mut rng),
-        }
-        return Err(rng.pick(&[Errno::EIO, Errno::EIO, Errno::ENOSPC]));
-    }
-    match kind {
-        OpKind::Read => memory::fill(&mut flight.op.memory, &disk.visible(offset, flight.op.len as usize)),
-        OpKind::Write | OpKind::Discard | OpKind::WriteZeroes => disk.apply(offset, &flight.data),
-        OpKind::WriteDurable => disk.apply_durable(offset, &flight.data),
-        OpKind::Sync => disk.sync_from(flight.moment),
-    }
-    Ok(())
-}
-
-/// Whether the answer to a request is one that a client may get.
-fn judge(
-    asked: &Asked,
-    result: Result<(), Errno>,
-    ack: AckLevel,
-    may_fail: bool,
-    payload_max: u64,
-    model: &mut Model,
-    site: &Site<'_>,
-) -> Result<(), String> {
-    let request = &asked.request;
-    let transfers = matches!(request.kind, RequestKind::Read | RequestKind::Write);
-    let wrong =
-        request.offset + request.len > model.size(asked.volume) || (transfers && request.len > payload_max);
-    if wrong {
-        return match result {
-            Err(Errno::EINVAL) => Ok(()),
-            other => Err(format!("a request that makes no sense ended with {other:?}")),
-        };
-    }
-    match (request.kind, result) {
-        (RequestKind::Read, Ok(())) => {
-            if asked.got.len() as u64 != request.len {
-                return Err("a read delivered nothing".into());
-            }
-            model.check(asked.volume, request.offset, &asked.got, asked.acknowledged, model.newest())
-        }
-        (RequestKind::Read, Err(_)) if lock(site.ctl).faults_injected > 0 => Ok(()),
-        (RequestKind::Flush, Ok(())) => {
-            model.flushed(asked.acknowledged);
-            Ok(())
-        }
-        (_, Ok(())) if request.len == 0 => Ok(()),
-        (_, Ok(())) if asked.voided => Err("acknowledged although its content was not fetched".into()),
-        (_, Ok(())) => match asked.lsn {
-            Some(lsn) => {
-                model.acknowledge(lsn, ack == AckLevel::Log || request.fua);
-                Ok(())
-            }
-            None => Err("acknowledged without a place in the log".into()),
-        },
-        (RequestKind::Write, Err(_)) if asked.voided => Ok(()),
-        (_, Err(_)) if may_fail => Ok(()),
-        (_, Err(errno)) => Err(format!("failed with {errno}, but nothing excuses that")),
     }
 }

@@ -1,210 +1,29 @@
-//! A seed's story: a stage and its volumes, servers that run and die in turn, and the checks between them.
+//! A seed's story: servers that run and die in turn, and the checks between them.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tidegate_driver::base::{ErrorKind, VolumeId};
-use tidegate_driver::format::arena::ArenaIdentity;
-use tidegate_driver::format::geometry::Geometry;
-use tidegate_driver::format::label::backing_bytes_for;
+use tidegate_driver::base::{ErrorKind, Lsn, VolumeId};
 use tidegate_driver::format::superblock::StageState;
-use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::Disk;
-use tidegate_driver::recovery::{ArenaSource, Environment, open, superblocks};
-use tidegate_driver::stage::arena::Arena;
-use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
+use tidegate_driver::recovery::{Environment, Opened, open, superblocks};
 use uuid::Uuid;
 
 use super::client::Habits;
-use super::disk::{Control, Ctl, Faults, Moment, SimDisk, lock};
-use super::model::Model;
+use super::disk::{Control, Ctl, Faults, Moment, lock};
+use super::report::{CrashKind, Failure, Options, Report};
 use super::rng::Rng;
-use super::running::{Asked, Running, SimClock, Site, Sometimes, Stop};
-
-/// How a server ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CrashKind {
-    /// The process is killed; its arena and its clients stay.
-    Kill,
-    /// The process is killed and its arena is gone.
-    KillWithoutArena,
-    /// Power is cut: arena and clients are gone, disks lose what they like of what was not flushed.
-    Power,
-}
-
-/// A crash at a chosen place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CrashAt {
-    /// Steps after the first server began.
-    pub step: u64,
-    /// How.
-    pub kind: CrashKind,
-    /// Steps after the second server began, for another crash; 0: none.
-    pub again: u64,
-}
-
-/// What to run.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// The seed.
-    pub seed: u64,
-    /// A short story with this crash in it, instead of a long one with crashes by chance.
-    pub short: Option<CrashAt>,
-    /// Keep a line per event.
-    pub log: bool,
-}
-
-impl Options {
-    /// A long story.
-    #[must_use]
-    pub fn long(seed: u64) -> Options {
-        Options { seed, short: None, log: false }
-    }
-}
-
-/// What a story was like.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Hash of all events.
-    pub trace: u64,
-    /// Steps.
-    pub steps: u64,
-    /// Steps until the first server ended.
-    pub first_life: u64,
-    /// Servers that began to open the stage.
-    pub opens: u64,
-    /// Kills, kills without arena, power cuts.
-    pub crashes: [u64; 3],
-    /// Of them, while a server was opening the stage.
-    pub crashes_in_recovery: u64,
-    /// Orderly ends.
-    pub closes: u64,
-    /// Records that only the arena held.
-    pub from_arena: u64,
-    /// Patch images restored.
-    pub patches: u64,
-    /// Torn groups given up.
-    pub torn: u64,
-    /// Regions read by their tables.
-    pub tables: u64,
-    /// Superblock copies repaired.
-    pub superblocks: u64,
-    /// Refusals because the arena was gone.
-    pub refused: u64,
-    /// Openings that an injected fault ended.
-    pub failed_opens: u64,
-    /// Faults injected.
-    pub faults: u64,
-    /// What the servers saw.
-    pub sometimes: Sometimes,
-}
-
-impl Report {
-    /// Adds another story's numbers.
-    pub fn add(&mut self, other: &Report) {
-        self.steps += other.steps;
-        self.opens += other.opens;
-        (0..3).for_each(|i| self.crashes[i] += other.crashes[i]);
-        self.crashes_in_recovery += other.crashes_in_recovery;
-        self.closes += other.closes;
-        self.from_arena += other.from_arena;
-        self.patches += other.patches;
-        self.torn += other.torn;
-        self.tables += other.tables;
-        self.superblocks += other.superblocks;
-        self.refused += other.refused;
-        self.failed_opens += other.failed_opens;
-        self.faults += other.faults;
-        self.sometimes.add(&other.sometimes);
-    }
-}
-
-impl Sometimes {
-    /// Adds another server's numbers.
-    pub fn add(&mut self, other: &Sometimes) {
-        self.requests += other.requests;
-        self.space_waits += other.space_waits;
-        self.log_errors += other.log_errors;
-        self.backing_errors += other.backing_errors;
-        self.epochs += other.epochs;
-        self.regions = self.regions.max(other.regions);
-    }
-}
-
-/// A broken promise.
-#[derive(Clone, Debug)]
-pub struct Failure {
-    /// What ran.
-    pub options: Options,
-    /// Where it broke.
-    pub step: u64,
-    /// What was expected and found.
-    pub what: String,
-    /// The last events, if they were kept.
-    pub log: Vec<String>,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {} broke at step {}: {}", self.options.seed, self.step, self.what)?;
-        write!(f, "replay: TIDEGATE_SEED={} ", self.options.seed)?;
-        if let Some(CrashAt { step, kind, again }) = self.options.short {
-            write!(f, "TIDEGATE_CRASH={step},{kind:?},{again} ")?;
-        }
-        write!(f, "cargo test --release -p tidegate-tests --test crash replay -- --nocapture")
-    }
-}
-
-/// Arenas that outlive their servers.
-#[derive(Default)]
-struct Arenas(BTreeMap<u64, File>);
-
-impl ArenaSource for Arenas {
-    fn find(&mut self, identity: &ArenaIdentity, _salt: u64) -> tidegate_driver::base::Result<Option<Arena>> {
-        self.0.get(&identity.arena_id).map(|memory| Arena::map_anonymous(memory, identity)).transpose()
-    }
-
-    fn make(&mut self, identity: &ArenaIdentity, _salt: u64) -> tidegate_driver::base::Result<Arena> {
-        let memory = Arena::anonymous_memory(identity)?;
-        let arena = Arena::map_anonymous(&memory, identity)?;
-        self.0.insert(identity.arena_id, memory);
-        Ok(arena)
-    }
-}
+use super::running::Running;
+use super::script::Do;
+use super::setup::{World, site_of};
+use super::site::Stop;
 
 /// Most events of a story: beyond it, it is stuck.
 const TICKS_MAX: u64 = 2_000_000;
 
 /// Events of a life after which nothing fails any more: a long epoch whose every attempt meets a fault would never end.
 const FAULTY_TICKS_MAX: u64 = 20_000;
-
-struct World {
-    options: Options,
-    /// Chance of the story itself; disks and scheduling have their own.
-    rng: Rng,
-    ctl: Ctl,
-    stage: SimDisk,
-    backings: Vec<SimDisk>,
-    clock: Arc<SimClock>,
-    latency_ns: u64,
-    model: Model,
-    arenas: Arenas,
-    boot: u128,
-    next_arena: u64,
-    at_risk: bool,
-    doors: Vec<usize>,
-    running: Option<Running>,
-    /// What the next server has to bring back.
-    required: u64,
-    /// Requests that clients ask again.
-    unanswered: Vec<Asked>,
-    arena_lost: bool,
-    faulty: u64,
-    report: Report,
-}
 
 /// Runs a story.
 pub fn run(options: Options) -> Result<Report, Box<Failure>> {
@@ -216,6 +35,8 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         crashed: false,
         faults: Faults::default(),
         faults_injected: 0,
+        subset: options.subset,
+        sectors: [0; 4],
         trace: 0,
         log: options.log.then(Vec::new),
     }));
@@ -226,6 +47,7 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
             report.trace = ctl.trace;
             report.steps = ctl.step;
             report.faults = ctl.faults_injected;
+            report.sectors = ctl.sectors;
             return Ok(report);
         }
         Ok(Err(what)) => what,
@@ -239,86 +61,6 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
 }
 
 impl World {
-    fn new(options: Options, ctl: &Ctl) -> World {
-        let mut rng = Rng::new(options.seed, 20);
-        let stage_sector = rng.pick(&[512, 512, 4096]);
-        let log_block = rng.pick(&[stage_sector, 4096]);
-        let region_bytes = rng.pick(&[32 << 10, 32 << 10, 64 << 10]);
-        let patch_bytes = rng.pick(&[8 << 10, 16 << 10, 64 << 10]);
-        let region_count = rng.range(4, 8);
-        let stage_bytes = Geometry::device_bytes_min(region_bytes, patch_bytes)
-            + (region_count - 4) * u64::from(region_bytes);
-        let stage = SimDisk::new("stage", true, stage_bytes, stage_sector, ctl);
-        let stage_options = StageOptions { region_bytes, patch_bytes, block_bytes: log_block };
-        admin::create_stage_as(&stage, stage_options, Uuid::from_u128(7), rng.draw())
-            .expect("a new stage can be created");
-        let mut backings = Vec::new();
-        let mut volumes = Vec::new();
-        let volume_count = rng.range(1, if options.short.is_some() { 2 } else { 4 });
-        let acks = rng.below(3);
-        let mut at_risk = false;
-        for i in 0..volume_count {
-            let sector = rng.pick(&[512, 512, 4096]);
-            let blocks_max = rng.pick(&[64, 200]);
-            let size_bytes = 512 * rng.range(1, blocks_max);
-            let mut backing = SimDisk::new(
-                "backing",
-                false,
-                backing_bytes_for(size_bytes).next_multiple_of(4096),
-                sector,
-                ctl,
-            );
-            backing.discards = rng.chance(700);
-            backing.zeroes = rng.chance(700);
-            let ack = match acks {
-                0 => AckLevel::Log,
-                1 => AckLevel::Memory,
-                _ => rng.pick(&[AckLevel::Log, AckLevel::Memory]),
-            };
-            at_risk |= ack == AckLevel::Memory;
-            let new = NewVolume {
-                name: format!("v{i}"),
-                size_bytes,
-                block_bytes: 512,
-                ack,
-                on_log_error: if rng.chance(250) { OnLogError::Fail } else { OnLogError::Stall },
-                backing: String::new(),
-            };
-            admin::add_volume(&stage, &backing, new).expect("a volume can be added");
-            volumes.push((backing.visible(0, size_bytes as usize), backing.discards));
-            backings.push(backing);
-        }
-        let doors = (0..volume_count).map(|_| rng.range(1, 3) as usize).collect();
-        let mut control = lock(ctl);
-        control.step = 0;
-        control.trace = 0;
-        if let Some(log) = &mut control.log {
-            log.clear();
-        }
-        drop(control);
-        World {
-            options,
-            ctl: ctl.clone(),
-            stage,
-            backings,
-            clock: Arc::new(SimClock::default()),
-            latency_ns: rng.pick(&[0, 10_000, 1_000_000, 50_000_000]),
-            model: Model::new(volumes),
-            arenas: Arenas::default(),
-            boot: 1,
-            next_arena: 1,
-            at_risk,
-            doors,
-            running: None,
-            required: 0,
-            unanswered: Vec::new(),
-            arena_lost: false,
-            faulty: if options.short.is_some() { 0 } else { rng.pick(&[0, 0, 1, 2]) },
-            report: Report::default(),
-            rng,
-        }
-    }
-
     fn story(mut self) -> Result<Report, String> {
         let lives = match self.options.short {
             Some(crash) => 2 + u64::from(crash.again > 0),
@@ -326,6 +68,9 @@ impl World {
         };
         for life in 0..lives {
             let last = life + 1 == lives;
+            if self.options.short.is_none() && self.rng.chance(300) {
+                self.old_disks = self.saved_disks();
+            }
             let (steps, kind, moment) = self.crash_plan(life, last);
             {
                 let mut ctl = lock(&self.ctl);
@@ -338,9 +83,18 @@ impl World {
                 self.report.first_life = lock(&self.ctl).step;
             }
             match ended {
-                Ok(()) => {}
-                Err(Stop::Crash) => self.crash(kind),
+                Ok(()) => self.last_crash = None,
+                Err(Stop::Crash) => {
+                    self.crash(kind);
+                    if life == 0 {
+                        self.report.first_cut = lock(&self.ctl).sectors[0];
+                    }
+                    lock(&self.ctl).subset = None;
+                }
                 Err(Stop::Fail(what)) => return Err(what),
+            }
+            if self.options.short.is_none() && self.rng.chance(400) {
+                self.probe()?;
             }
         }
         Ok(self.report)
@@ -360,9 +114,18 @@ impl World {
             4 => CrashKind::KillWithoutArena,
             _ => CrashKind::Kill,
         };
-        let aims = [Moment::Any, Moment::LogWrite, Moment::StageWrite, Moment::BackingWrite, Moment::Sync];
+        let aims = [
+            Moment::Any,
+            Moment::LogWrite,
+            Moment::RegionBegins,
+            Moment::StageWrite,
+            Moment::BackingWrite,
+            Moment::Label,
+            Moment::Sync,
+        ];
         let aim = self.rng.pick(&aims);
-        match self.rng.below(8) {
+        match self.rng.below(9) {
+            8 => (self.rng.range(1, 200), kind, self.rng.pick(&[Moment::Label, Moment::Sync])),
             0 => (self.rng.range(1, 60), kind, Moment::Any),
             1 | 2 => (self.rng.range(20, 80), kind, Moment::LogWrite),
             3 => (self.rng.range(1, 300), kind, aim),
@@ -375,17 +138,23 @@ impl World {
 
     fn life(&mut self) -> Result<(), Stop> {
         self.open()?;
-        let verify = self.rng.chance(700);
-        if verify {
+        let script: Vec<Do> = self.options.script.into_iter().flatten().collect();
+        if script.is_empty() && self.rng.chance(700) {
             self.verify_through_doors()?;
         }
         self.ask_again();
-        let habits = Habits::draw(&mut self.rng);
+        // The same habits again: what one server gave up and what the next one writes there look alike.
+        let habits = match self.habits {
+            Some(habits) if self.rng.chance(500) => habits,
+            _ => Habits::draw(&mut self.rng),
+        };
+        self.habits = Some(habits);
         let quota =
             if self.options.short.is_some() { self.rng.range(4, 40) } else { self.rng.pick(&[20, 100, 400]) };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
-        running.quota = quota;
+        running.quota = if script.is_empty() { quota } else { script.len() as u64 };
+        running.script = script.into();
         let mut left = self.rng.pick(&[0, 100, 1000]);
         let mut ticks = 0;
         loop {
@@ -396,7 +165,7 @@ impl World {
                 }
                 left -= 1;
             }
-            if ticks > FAULTY_TICKS_MAX {
+            if ticks > if self.faulty < 3 { FAULTY_TICKS_MAX } else { FAULTY_TICKS_MAX / 8 } {
                 lock(&self.ctl).faults = Faults::default();
             } else if self.faulty > 0 && ticks % 256 == 0 {
                 self.draw_faults();
@@ -405,15 +174,18 @@ impl World {
             if self.options.short.is_none() && self.rng.chance(2) {
                 self.running.as_mut().expect("open").drain();
             }
+            if self.options.short.is_none() && self.rng.chance(1) {
+                self.change_volumes()?;
+            }
             if !self.tick()? && running_is_done(self.running.as_ref()) {
                 break;
             }
             if ticks > TICKS_MAX / 10 {
-                return Err(Stop::Fail("requests do not come to an end".into()));
+                return Err(Stop::Fail(self.running.as_ref().expect("open").unfinished()));
             }
         }
         lock(&self.ctl).faults = Faults::default();
-        if self.rng.chance(500) {
+        if self.options.subset.is_some() || self.rng.chance(500) {
             self.drain()?;
         }
         self.close()
@@ -431,6 +203,9 @@ impl World {
         running.habits = Some(habits);
         running.quota = quota;
         self.until("every request is answered", |r| r.quota == 0 && !r.is_waiting())?;
+        if self.rng.chance(500) {
+            self.until("an idle stage is flushed", |r| r.checkpoint() >= r.published())?;
+        }
         self.drain()?;
         self.check_backings()?;
         self.verify_through_doors()?;
@@ -443,8 +218,8 @@ impl World {
         self.close()
     }
 
+    /// Opens the stage as often as it takes.
     fn open(&mut self) -> Result<(), Stop> {
-        let mut accept_loss = false;
         for attempt in 0.. {
             self.report.opens += 1;
             if self.faulty > 0 && attempt < 4 && self.rng.chance(300) {
@@ -453,57 +228,26 @@ impl World {
                     Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate };
             }
             let faults_before = lock(&self.ctl).faults_injected;
-            self.next_arena += 1;
-            let environment = Environment {
-                boot_id: Uuid::from_u128(self.boot),
-                arena_id: self.next_arena,
-                accept_loss,
-                forget: None,
-            };
-            let backings: BTreeMap<VolumeId, &dyn Disk> = self
-                .backings
-                .iter()
-                .enumerate()
-                .map(|(i, disk)| (VolumeId(i as u16 + 1), disk as &dyn Disk))
-                .collect();
-            let opened = open(&self.stage, &backings, &mut self.arenas, environment);
+            let opened = self.open_once(self.loss_accepted);
             let faults_now = {
                 let mut ctl = lock(&self.ctl);
                 ctl.faults = Faults::default();
                 ctl.faults_injected
             };
             match opened {
-                Ok(opened) => {
-                    let end = opened.core.claimed().0;
-                    lock(&self.ctl).note("opened", &[end, opened.report.records_from_arena]);
-                    self.report.from_arena += opened.report.records_from_arena;
-                    self.report.patches += opened.report.patches_restored;
-                    self.report.torn += u64::from(opened.report.torn_bytes > 0);
-                    self.report.tables += opened.report.regions_by_table;
-                    self.report.superblocks += u64::from(opened.report.superblocks_repaired);
-                    self.model.recovered(end, self.required)?;
-                    self.required = self.model.durable();
-                    self.arena_lost = false;
-                    let mut opened = opened;
-                    for (backing, target) in self.backings.iter().zip(opened.targets.values_mut()) {
-                        if self.rng.chance(500) {
-                            (target.discards, target.zeroes) = (backing.discards, backing.zeroes);
-                        }
+                // A label that cannot be read keeps its volume from being used.
+                Ok(opened) if opened.targets.len() < self.backings.len() => {
+                    if faults_now == faults_before {
+                        let notes = opened.report.notes.join("; ");
+                        return Err(Stop::Fail(format!("a backing was refused: {notes}")));
                     }
-                    let site = Site {
-                        ctl: &self.ctl,
-                        stage: &self.stage,
-                        backings: &self.backings,
-                        clock: &self.clock,
-                        latency_ns: self.latency_ns,
-                    };
-                    self.running = Some(Running::start(opened, &site, &self.doors));
-                    return Ok(());
+                    self.report.failed_opens += 1;
                 }
+                Ok(opened) => return self.opened(opened),
                 Err(_) if lock(&self.ctl).crashed => return Err(Stop::Crash),
                 Err(error) if error.kind() == ErrorKind::Lost && self.arena_lost && self.at_risk => {
                     self.report.refused += 1;
-                    accept_loss = true;
+                    self.loss_accepted = true;
                 }
                 Err(_) if faults_now > faults_before => self.report.failed_opens += 1,
                 Err(error) => {
@@ -514,18 +258,62 @@ impl World {
         unreachable!("attempts end")
     }
 
-    fn tick(&mut self) -> Result<bool, Stop> {
-        let site = Site {
-            ctl: &self.ctl,
-            stage: &self.stage,
-            backings: &self.backings,
-            clock: &self.clock,
-            latency_ns: self.latency_ns,
+    /// One attempt at opening the stage with the backings that are there.
+    pub(super) fn open_once(&mut self, accept_loss: bool) -> tidegate_driver::base::Result<Opened> {
+        self.next_arena += 1;
+        let environment = Environment {
+            boot_id: Uuid::from_u128(self.boot),
+            arena_id: self.next_arena,
+            accept_loss,
+            forget: None,
         };
+        let backings: BTreeMap<VolumeId, &dyn Disk> = self
+            .backings
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| self.missing != Some(*i))
+            .map(|(i, disk)| (VolumeId(i as u16 + 1), disk as &dyn Disk))
+            .collect();
+        open(&self.stage, &backings, &mut self.arenas, environment)
+    }
+
+    fn opened(&mut self, mut opened: Opened) -> Result<(), Stop> {
+        let end = opened.core.claimed().0;
+        lock(&self.ctl).note("opened", &[end, opened.report.records_from_arena]);
+        self.report.from_arena += opened.report.records_from_arena;
+        self.report.by_arena += u64::from(opened.report.records_from_arena > 0);
+        self.report.by_log += u64::from(opened.report.records_from_log > 0);
+        self.report.patches += opened.report.patches_restored;
+        self.report.torn += u64::from(opened.report.torn_bytes > 0);
+        self.report.tables += opened.report.regions_by_table;
+        self.report.superblocks += u64::from(opened.report.superblocks_repaired);
+        if self.arena_lost && self.at_risk && !self.loss_accepted && end < self.at_stake {
+            let acknowledged = self.at_stake;
+            return Err(Stop::Fail(format!(
+                "P7: the arena is gone and the log ends at LSN {end}, but LSN {acknowledged} was acknowledged: not a word"
+            )));
+        }
+        for (i, info) in opened.superblock.volumes.iter().enumerate() {
+            self.model.grow(i, info.size_bytes);
+        }
+        self.model.recovered(end, self.required)?;
+        self.required = self.model.durable();
+        (self.arena_lost, self.loss_accepted) = (false, false);
+        for (backing, target) in self.backings.iter().zip(opened.targets.values_mut()) {
+            if self.rng.chance(500) {
+                (target.discards, target.zeroes) = (backing.discards, backing.zeroes);
+            }
+        }
+        self.running = Some(Running::start(opened, &site_of!(self), &self.doors));
+        Ok(())
+    }
+
+    pub(super) fn tick(&mut self) -> Result<bool, Stop> {
+        let site = site_of!(self);
         self.running.as_mut().expect("open").tick(&site, &mut self.model)
     }
 
-    fn until(&mut self, what: &str, done: impl Fn(&Running) -> bool) -> Result<(), Stop> {
+    pub(super) fn until(&mut self, what: &str, done: impl Fn(&Running) -> bool) -> Result<(), Stop> {
         for _ in 0..TICKS_MAX / 10 {
             if done(self.running.as_ref().expect("open")) {
                 return Ok(());
@@ -543,7 +331,20 @@ impl World {
     }
 
     fn draw_faults(&mut self) {
-        let most: &[u64] = if self.faulty == 1 { &[0, 0, 0, 5, 20] } else { &[0, 0, 20, 200, 900] };
+        let most: &[u64] = match self.faulty {
+            1 => &[0, 0, 0, 5, 20],
+            2 => &[0, 0, 20, 200, 900],
+            // One device is bad for long: the stage fills up, or epochs come to their end and not to their checkpoint.
+            3 => {
+                lock(&self.ctl).faults = Faults { backing_write: 1000, ..Faults::default() };
+                return;
+            }
+            _ => {
+                let stage_write = self.rng.pick(&[200, 600]);
+                lock(&self.ctl).faults = Faults { stage_write, ..Faults::default() };
+                return;
+            }
+        };
         let faults = Faults {
             read: self.rng.pick(most),
             backing_write: self.rng.pick(most),
@@ -553,10 +354,15 @@ impl World {
         lock(&self.ctl).faults = faults;
     }
 
-    fn verify_through_doors(&mut self) -> Result<(), Stop> {
+    pub(super) fn verify_through_doors(&mut self) -> Result<(), Stop> {
+        self.verify_usable(&vec![true; self.backings.len()])
+    }
+
+    /// Reads all of the volumes that are served.
+    pub(super) fn verify_usable(&mut self, usable: &[bool]) -> Result<(), Stop> {
         let running = self.running.as_mut().expect("open");
         let step = running.payload_max();
-        for volume in 0..self.backings.len() {
+        for volume in (0..self.backings.len()).filter(|&volume| usable[volume]) {
             let size = self.model.size(volume);
             for offset in (0..size).step_by(step as usize) {
                 running.read(volume, offset, step.min(size - offset));
@@ -565,13 +371,13 @@ impl World {
         self.until("all volumes are read", |r| !r.is_waiting())
     }
 
-    fn drain(&mut self) -> Result<(), Stop> {
+    pub(super) fn drain(&mut self) -> Result<(), Stop> {
         self.until("every request is answered", |r| !r.is_waiting())?;
         let end = self.running.as_mut().expect("open").drain();
         self.until("everything is flushed", |r| r.checkpoint() >= end && !r.is_busy())
     }
 
-    fn check_backings(&self) -> Result<(), Stop> {
+    pub(super) fn check_backings(&self) -> Result<(), Stop> {
         let end = self.model.newest();
         for (volume, disk) in self.backings.iter().enumerate() {
             let size = self.model.size(volume) as usize;
@@ -593,7 +399,7 @@ impl World {
         let mut superblock = running.superblock.clone();
         superblock.sequence += 1;
         superblock.state = StageState::Clean;
-        superblock.closed_lsn = tidegate_driver::base::Lsn(running.durable());
+        superblock.closed_lsn = Lsn(running.durable());
         if let Err(error) = superblocks::write(&self.stage, &superblock) {
             return Err(if lock(&self.ctl).crashed {
                 Stop::Crash
@@ -610,11 +416,13 @@ impl World {
         self.report.closes += 1;
         self.report.sometimes.add(&running.sometimes());
         self.running = None;
+        self.at_stake = 0;
         self.arenas.0.clear();
         Ok(())
     }
 
     fn crash(&mut self, kind: CrashKind) {
+        self.last_crash = Some(kind);
         self.report.crashes[kind as usize] += 1;
         self.report.crashes_in_recovery += u64::from(self.running.is_none());
         {
@@ -624,13 +432,7 @@ impl World {
             ctl.crash_at = u64::MAX;
             ctl.note("crash", &[kind as u64]);
         }
-        let site = Site {
-            ctl: &self.ctl,
-            stage: &self.stage,
-            backings: &self.backings,
-            clock: &self.clock,
-            latency_ns: self.latency_ns,
-        };
+        let site = site_of!(self);
         let remains = self.running.take().map(|running| {
             self.report.sometimes.add(&running.sometimes());
             match kind {
@@ -650,9 +452,12 @@ impl World {
                 self.arenas.0.clear();
                 self.unanswered.clear();
                 self.required = self.model.durable();
+                // What was lost with the arena is now lost with the power.
+                (self.arena_lost, self.at_stake) = (false, 0);
             }
             CrashKind::Kill | CrashKind::KillWithoutArena => {
                 if let Some(remains) = remains {
+                    self.at_stake = self.model.acknowledged();
                     self.required = self.model.acknowledged().max(remains.published);
                     self.unanswered.extend(remains.unanswered);
                     // Reads that only the check asked for are not asked again.

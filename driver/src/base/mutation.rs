@@ -1,0 +1,154 @@
+//! Deliberate bugs, each at one place of the engine, to measure what the tests find. Only with the feature `mutations`
+//! can one be switched on; without it [`is`] is constantly false and nothing of them is in the program.
+
+/// A deliberate bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "the table in docs/testing.md says what each does")]
+pub enum Mutation {
+    // acknowledgement and commit
+    CommitBeforePublish,
+    FailedGroupCountsAsWritten,
+    LogWriteIsNotDurable,
+    AckBeforeDurable,
+    FuaIsIgnored,
+    FlushIsIgnored,
+    AckIsLost,
+    SpaceWaitersAreForgotten,
+    UnfetchedWriteCounts,
+    // index and reads
+    OlderRecordWins,
+    CutForgetsTheTail,
+    FlushForgetsNewerRecords,
+    DiscardReadsTheBacking,
+    ReadIgnoresTheStage,
+    // regions
+    ReclaimAboveTheCheckpoint,
+    ReclaimWhilePinned,
+    ReclaimBeforeTheDurableHead,
+    TableBeforeDurable,
+    StageOverfills,
+    // flush
+    EpochSyncIsSkipped,
+    FailedSyncCountsAsSync,
+    CheckpointBeforeSync,
+    CheckpointTooHigh,
+    CheckpointIsNotDurable,
+    FailedCheckpointRepeatsTheEpoch,
+    CheckpointHeadTooHigh,
+    EpochTakesUndurable,
+    PatchLogIsSkipped,
+    PatchLogIsNotDurable,
+    PatchZoneReusedBeforeSync,
+    HalfWrittenPatchesAreForgotten,
+    LabelsShareOneSlot,
+    LabelIsNotWritten,
+    ZeroesAreDropped,
+    // recovery
+    LastGroupIsDropped,
+    ArenaRecordsAreDropped,
+    ArenaLossIsNotTold,
+    ArenaIsTrusted,
+    PayloadIsNotChecked,
+    GivenUpGroupsComeBack,
+    RecoveryDoesNotSync,
+    PatchesAreNotRestored,
+    SuperblockCopiesAtOnce,
+    DamageTakenForTheEnd,
+    CloseIsNotChecked,
+    OldBackingIsAccepted,
+    OldStageIsAccepted,
+    WrongBackingIsAccepted,
+    // status and pace
+    BackingErrorIsHidden,
+    ErrorStaysInStatus,
+    RetriesDoNotPause,
+}
+
+/// All of them.
+#[cfg(feature = "mutations")]
+pub const ALL: &[Mutation] = &[
+    Mutation::CommitBeforePublish,
+    Mutation::FailedGroupCountsAsWritten,
+    Mutation::LogWriteIsNotDurable,
+    Mutation::AckBeforeDurable,
+    Mutation::FuaIsIgnored,
+    Mutation::FlushIsIgnored,
+    Mutation::AckIsLost,
+    Mutation::SpaceWaitersAreForgotten,
+    Mutation::UnfetchedWriteCounts,
+    Mutation::OlderRecordWins,
+    Mutation::CutForgetsTheTail,
+    Mutation::FlushForgetsNewerRecords,
+    Mutation::DiscardReadsTheBacking,
+    Mutation::ReadIgnoresTheStage,
+    Mutation::ReclaimAboveTheCheckpoint,
+    Mutation::ReclaimWhilePinned,
+    Mutation::ReclaimBeforeTheDurableHead,
+    Mutation::TableBeforeDurable,
+    Mutation::StageOverfills,
+    Mutation::EpochSyncIsSkipped,
+    Mutation::FailedSyncCountsAsSync,
+    Mutation::CheckpointBeforeSync,
+    Mutation::CheckpointTooHigh,
+    Mutation::CheckpointIsNotDurable,
+    Mutation::FailedCheckpointRepeatsTheEpoch,
+    Mutation::CheckpointHeadTooHigh,
+    Mutation::EpochTakesUndurable,
+    Mutation::PatchLogIsSkipped,
+    Mutation::PatchLogIsNotDurable,
+    Mutation::PatchZoneReusedBeforeSync,
+    Mutation::HalfWrittenPatchesAreForgotten,
+    Mutation::LabelsShareOneSlot,
+    Mutation::LabelIsNotWritten,
+    Mutation::ZeroesAreDropped,
+    Mutation::LastGroupIsDropped,
+    Mutation::ArenaRecordsAreDropped,
+    Mutation::ArenaLossIsNotTold,
+    Mutation::ArenaIsTrusted,
+    Mutation::PayloadIsNotChecked,
+    Mutation::GivenUpGroupsComeBack,
+    Mutation::RecoveryDoesNotSync,
+    Mutation::PatchesAreNotRestored,
+    Mutation::SuperblockCopiesAtOnce,
+    Mutation::DamageTakenForTheEnd,
+    Mutation::CloseIsNotChecked,
+    Mutation::OldBackingIsAccepted,
+    Mutation::OldStageIsAccepted,
+    Mutation::WrongBackingIsAccepted,
+    Mutation::BackingErrorIsHidden,
+    Mutation::ErrorStaysInStatus,
+    Mutation::RetriesDoNotPause,
+];
+
+/// Whether the bug is switched on in this thread.
+#[cfg(not(feature = "mutations"))]
+#[must_use]
+#[inline(always)]
+pub const fn is(_: Mutation) -> bool {
+    false
+}
+
+#[cfg(feature = "mutations")]
+pub use switch::{is, set};
+
+#[cfg(feature = "mutations")]
+mod switch {
+    use std::cell::Cell;
+
+    use super::Mutation;
+
+    thread_local! {
+        static ON: Cell<Option<Mutation>> = const { Cell::new(None) };
+    }
+
+    /// Whether the bug is switched on in this thread.
+    #[must_use]
+    pub fn is(mutation: Mutation) -> bool {
+        ON.get() == Some(mutation)
+    }
+
+    /// Switches one bug on in this thread, and every other one off.
+    pub fn set(mutation: Option<Mutation>) {
+        ON.set(mutation);
+    }
+}

@@ -1,0 +1,28 @@
+//! What the background tells.
+
+use crate::base::{Lsn, VolumeId};
+
+/// What the background has to tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackgroundStatus {
+    /// Epochs flushed.
+    pub epochs: u64,
+    /// Bytes written to backings.
+    pub flushed_bytes: u64,
+    /// Operations on backings that failed.
+    pub backing_errors: u64,
+    /// The backing that fails and how, while it does.
+    pub backing_problem: Option<(VolumeId, String)>,
+    /// Writes of the flusher to the stage device that failed.
+    pub stage_errors: u64,
+    /// Why the stage device fails, while it does.
+    pub stage_problem: Option<String>,
+    /// Whether the log cannot be written.
+    pub log_fails: bool,
+    /// Why the arena cannot get all its memory, while it cannot.
+    pub memory_problem: Option<String>,
+    /// Damage that was found.
+    pub damage: Option<String>,
+    /// The checkpoint.
+    pub checkpoint_lsn: Lsn,
+}

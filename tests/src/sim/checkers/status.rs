@@ -1,0 +1,77 @@
+//! P7: what a server says of itself is what its disks did.
+
+use tidegate_driver::base::VolumeId;
+use tidegate_driver::io::{Errno, OpKind, Target};
+use tidegate_driver::stage::core::Core;
+use tidegate_driver::volume::background::BackgroundStatus;
+
+use super::super::flight::{Flight, Owner};
+use tidegate_driver::volume::shared::LOG_TOKEN;
+
+/// High half of the tokens of a flush epoch's operations.
+const EPOCH: u64 = 1;
+
+/// What the disks of one server did.
+#[derive(Debug, Default)]
+pub struct Status {
+    epochs: u64,
+    /// First device that failed in the attempt to flush that is under way.
+    failing: Option<Target>,
+    log_failed: bool,
+    log_errors: u64,
+}
+
+impl Status {
+    /// An operation ended.
+    pub fn ended(&mut self, flight: &Flight, result: Result<(), Errno>) {
+        let op = &flight.op;
+        if op.token == LOG_TOKEN {
+            self.log_failed = result.is_err();
+            self.log_errors += u64::from(result.is_err());
+        } else if flight.owner == Owner::Background && op.token.0 >> 32 == EPOCH {
+            let cannot =
+                matches!(op.kind, OpKind::Discard | OpKind::WriteZeroes) && result == Err(Errno::EOPNOTSUPP);
+            if result.is_err() && !cannot {
+                self.failing.get_or_insert(op.target);
+            }
+        }
+    }
+
+    /// The background has looked around.
+    pub fn check(
+        &mut self,
+        said: &BackgroundStatus,
+        core: &Core,
+        is_flushing: bool,
+        log_in_flight: bool,
+    ) -> Result<(), String> {
+        if !log_in_flight && core.log_has_failed() != self.log_failed {
+            return Err(format!("P7: the log's last write failed: {}, said: {said:?}", self.log_failed));
+        }
+        if core.counters.log_errors != self.log_errors {
+            return Err(format!("P7: {} log errors, said: {}", self.log_errors, core.counters.log_errors));
+        }
+        if said.checkpoint_lsn != core.checkpoint() {
+            return Err(format!("P7: flushed up to {}, said: {said:?}", core.checkpoint()));
+        }
+        if said.epochs > self.epochs {
+            self.epochs = said.epochs;
+            if said.backing_problem.is_some() || said.stage_problem.is_some() {
+                return Err(format!("P7: flushed, said: {said:?}"));
+            }
+        }
+        if is_flushing {
+            return Ok(());
+        }
+        let told = |volume: VolumeId| said.backing_problem.as_ref().is_some_and(|(of, _)| *of == volume);
+        match self.failing.take() {
+            Some(Target::Backing(volume)) if !told(volume) => {
+                Err(format!("P7: the backing of {volume} failed, said: {said:?}"))
+            }
+            Some(Target::Stage) if said.stage_problem.is_none() => {
+                Err(format!("P7: the stage failed, said: {said:?}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
