@@ -330,7 +330,7 @@ fn check_backings(
             unusable.insert(volume.id, Error::new(ErrorKind::NotFound, what));
             continue;
         };
-        match backing.drop_cache().and_then(|()| check_identity(superblock, volume, *backing, checkpoint)) {
+        match check_identity(superblock, volume, *backing, checkpoint) {
             Ok(label) => {
                 check_log_reaches(volume, &label, &backing.name(), log_end)?;
                 let block_bytes = backing.block_bytes();

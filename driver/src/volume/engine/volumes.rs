@@ -39,7 +39,6 @@ impl Engine {
         if self.volumes.read().contains_key(&volume) {
             return Err(Error::new(ErrorKind::Busy, format!("volume '{}' is already in use", info.name)));
         }
-        backing.drop_cache()?;
         let checkpoint = crate::recovery::scan::read_checkpoints(&*self.stage, &superblock)?
             .into_iter()
             .next()
