@@ -111,7 +111,7 @@ pub fn open(
     if let Some(arena) = &found_arena
         && !is(Mutation::ArenaRecordsAreDropped)
     {
-        closed = extend_from_arena(&mut log, arena, &read.superblock, &mut indexes)?;
+        closed = extend_from_arena(&mut log, arena, &read.superblock, &mut indexes, environment.accept_loss)?;
         report.arena_used = true;
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
     }
@@ -439,6 +439,7 @@ fn extend_from_arena(
     arena: &Arena,
     superblock: &Superblock,
     indexes: &mut BTreeMap<VolumeId, Index>,
+    accept_loss: bool,
 ) -> Result<Vec<ClosedGroup>> {
     let geometry = superblock.geometry;
     let rules = &rules_of(superblock);
@@ -482,27 +483,42 @@ fn extend_from_arena(
         }
         arena.zero(seq, region.data_end, arena.region_bytes());
         if log.regions.len() == geometry.region_count as usize {
+            // Only an older checkpoint than the last one lets a full ring go on: which region made room is not known.
+            if goes_on(arena, seq.next(), log.next_lsn, rules) && !accept_loss {
+                return Err(no_room(log.next_lsn));
+            }
             break;
         }
         arena.allocate(seq.next())?;
         if !goes_on(arena, seq.next(), log.next_lsn, rules) {
             break;
         }
-        log.regions.push(RegionState {
-            start: RegionStart {
-                seq: seq.next(),
-                first_lsn: log.next_lsn,
-                first_group_seq: log.next_group_seq,
-            },
-            record_count: 0,
-            group_count: 0,
-            data_end: geometry.block_bytes,
-            durable_end: geometry.block_bytes,
-            resident: true,
-            table: TableState::Missing,
-        });
+        log.regions.push(empty_region(seq.next(), log, geometry.block_bytes));
     }
     Ok(closed)
+}
+
+fn no_room(lsn: Lsn) -> Error {
+    Error::new(
+        ErrorKind::Lost,
+        format!(
+            "the newest checkpoint is damaged, and so the records from LSN {lsn} on, which only the arena holds, have no \
+             place in the log. Restore the stage device from a copy, or attach with --accept-loss to go on without them"
+        ),
+    )
+}
+
+/// Region `seq`, with which the log goes on.
+fn empty_region(seq: RegionSeq, log: &ScannedLog, block_bytes: u32) -> RegionState {
+    RegionState {
+        start: RegionStart { seq, first_lsn: log.next_lsn, first_group_seq: log.next_group_seq },
+        record_count: 0,
+        group_count: 0,
+        data_end: block_bytes,
+        durable_end: block_bytes,
+        resident: true,
+        table: TableState::Missing,
+    }
 }
 
 /// Whether the slot of region `seq` starts with the record `lsn` of that region.
