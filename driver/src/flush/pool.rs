@@ -12,7 +12,7 @@ pub(super) fn take_buffer(pool: &mut Vec<AlignedBuf>) -> AlignedBuf {
     pool.pop().unwrap_or_else(|| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES))
 }
 
-/// The pool that [`EpochIo`] starts with.
+/// The pool that [`super::epoch::EpochIo`] starts with.
 #[must_use]
 pub fn flush_pool() -> Vec<AlignedBuf> {
     (0..DEPTH).map(|_| AlignedBuf::zeroed(FLUSH_BUFFER_BYTES)).collect()
