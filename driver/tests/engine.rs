@@ -171,8 +171,17 @@ fn a_killed_server_loses_nothing_and_a_lost_arena_is_an_alarm() {
     durable.write(123, &pattern(10, 5000)).unwrap();
     quick.write(8192, &pattern(11, 5000)).unwrap();
 
-    let killed = place.copy(true);
-    let cut = place.copy(false);
+    // A copy takes its time, in which the flusher may begin: then it is of no one instant, and made again.
+    let copy = |with_arena| loop {
+        let now = || (engine.status().epochs, engine.status().durable_lsn);
+        let before = now();
+        let copy = place.copy(with_arena);
+        if now() == before {
+            break copy;
+        }
+    };
+    let killed = copy(true);
+    let cut = copy(false);
     drop((durable, quick));
     engine.close(true).unwrap();
 
