@@ -39,6 +39,20 @@ fn a_hole_behind_an_old_checkpoint_is_damage() {
     assert!(end(&stage).is_err(), "records 13..=36 are given up without a word");
 }
 
+/// A write by the stage's present incarnation.
+fn write_of(stage: &SampleStage, lsn: Lsn, volume: VolumeId, at: u64, payload: &[u8]) -> Record {
+    Record {
+        lsn,
+        volume,
+        kind: RecordKind::Write,
+        range: ByteRange::at(at, payload.len() as u64),
+        payload_bytes: payload.len() as u32,
+        payload_checksum: crc64(payload),
+        timestamp_ns: 1,
+        incarnation: stage.superblock.incarnation as u16,
+    }
+}
+
 struct Given(Option<Arena>);
 
 impl ArenaSource for Given {
@@ -64,16 +78,7 @@ fn records_that_only_the_arena_holds_need_their_backing_too() {
     let arena = Arena::anonymous(&identity).unwrap();
     // Record 2, for volume 2, was acknowledged in memory only.
     let payload = vec![7u8; 64];
-    let record = Record {
-        lsn: Lsn(2),
-        volume: VolumeId(2),
-        kind: RecordKind::Write,
-        range: ByteRange::at(0, 64),
-        payload_bytes: 64,
-        payload_checksum: crc64(&payload),
-        timestamp_ns: 1,
-        incarnation: s.incarnation as u16,
-    };
+    let record = write_of(&stage, Lsn(2), VolumeId(2), 0, &payload);
     let at = 512 + stage.regions[0].groups[0].bytes + 64;
     arena.put(RegionSeq(1), at, record.encode(s.salt, RegionSeq(1)).as_bytes());
     arena.put(RegionSeq(1), at + 64, &payload);
@@ -155,17 +160,48 @@ fn a_group_with_given_up_records_is_torn() {
     let first = stage.regions[3].groups[0].records[0];
     // The incarnation before had written something else there.
     let bytes = vec![9u8; 3000];
-    let record = Record {
-        lsn: Lsn(37),
-        volume: VolumeId(1),
-        kind: RecordKind::Write,
-        range: ByteRange::at(65536, 3000),
-        payload_bytes: 3000,
-        payload_checksum: crc64(&bytes),
-        timestamp_ns: 1,
-        incarnation: stage.superblock.incarnation as u16,
-    };
+    let record = write_of(&stage, Lsn(37), VolumeId(1), 65536, &bytes);
     stage.disk.put(first, record.encode(stage.superblock.salt, RegionSeq(4)).as_bytes());
     stage.disk.put(first + 64, &bytes);
     assert_eq!(end(&stage), Ok(36), "a record that the group was not written with");
+}
+
+/// The checkpoint that freed the slot is damaged, so the ring counts as full, and a region is in the arena alone.
+#[test]
+fn a_region_that_only_the_arena_holds_is_not_dropped_silently() {
+    let mut stage = SampleStage::new();
+    for volume in &mut stage.superblock.volumes {
+        volume.ack = AckLevel::Memory;
+    }
+    stage.put_superblock();
+    for _ in 0..REGION_COUNT {
+        stage.begin_region();
+        stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+        stage.seal();
+    }
+    let (one, two) = (stage.backing(1, Lsn(0)), stage.backing(2, Lsn(0)));
+    let backings: BTreeMap<VolumeId, &dyn Disk> =
+        [(VolumeId(1), &one as &dyn Disk), (VolumeId(2), &two as &dyn Disk)].into();
+    let s = &stage.superblock;
+    let next = RegionSeq(u64::from(REGION_COUNT) + 1);
+    let arena = |staged: bool| {
+        let arena = Arena::anonymous(&ArenaIdentity::new(s.stage_uuid, s.arena_id, &s.geometry)).unwrap();
+        if staged {
+            let payload = [7u8; 64];
+            let record = write_of(&stage, stage.next_lsn, VolumeId(1), 4096, &payload);
+            arena.put(next, 512 + 64, record.encode(s.salt, next).as_bytes());
+            arena.put(next, 512 + 128, &payload);
+        }
+        Given(Some(arena))
+    };
+    let mut environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let before = stage.disk.bytes();
+    let refused = open(&stage.disk, &backings, &mut arena(true), environment).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Lost, "{}", refused.report());
+    assert!(stage.disk.bytes() == before, "a refusal changed the stage");
+    open(&stage.disk, &backings, &mut arena(false), environment).unwrap();
+    stage.disk.put(0, &before);
+    environment.accept_loss = true;
+    let opened = open(&stage.disk, &backings, &mut arena(true), environment).unwrap();
+    assert_eq!(opened.core.claimed().next(), stage.next_lsn);
 }
