@@ -11,18 +11,28 @@ use tidegate_driver::base::checksum::crc64_salted;
 ///  2  u16  where in the structure, modulo its length
 ///  4  u64  value
 /// ```
-pub struct Edit {
+struct Edit {
     /// Which structure.
-    pub structure: usize,
+    structure: usize,
     /// Whether the checksum is made valid again.
-    pub seal: bool,
+    seal: bool,
     how: u8,
     at: usize,
     value: u64,
 }
 
-/// The edits that `data` describes.
-pub fn edits(data: &[u8]) -> impl Iterator<Item = Edit> {
+/// A structure: its place, and the salt of its checksum if it has one.
+pub type Structure = (std::ops::Range<usize>, Option<u64>);
+
+/// Makes the edits that `data` describes in `bytes`, which hold `structures`.
+pub fn edit(bytes: &mut [u8], structures: &[Structure], data: &[u8]) {
+    for edit in edits(data) {
+        let (range, salt) = &structures[edit.structure % structures.len()];
+        edit.apply(&mut bytes[range.clone()], *salt);
+    }
+}
+
+fn edits(data: &[u8]) -> impl Iterator<Item = Edit> {
     data.chunks_exact(12).take(16).map(|bytes| Edit {
         structure: usize::from(bytes[0]),
         seal: bytes[1] & 1 == 0,
@@ -34,7 +44,7 @@ pub fn edits(data: &[u8]) -> impl Iterator<Item = Edit> {
 
 impl Edit {
     /// Changes `structure`, which starts with its checksum if it has one.
-    pub fn apply(&self, structure: &mut [u8], salt: Option<u64>) {
+    fn apply(&self, structure: &mut [u8], salt: Option<u64>) {
         if structure.is_empty() {
             return;
         }

@@ -13,11 +13,11 @@ use tidegate_driver::io::memory_disk::MemDisk;
 use tidegate_driver::recovery::sample_stage::SampleStage;
 use tidegate_driver::recovery::{ArenaSource, Environment, check, inspect, open};
 use tidegate_driver::stage::arena::Arena;
-use tidegate_fuzz::{edits, salt_of};
+use tidegate_fuzz::{Structure, edit, salt_of};
 
 struct Sample {
     bytes: Vec<u8>,
-    structures: Vec<(std::ops::Range<usize>, Option<u64>)>,
+    structures: Vec<Structure>,
     backings: [Vec<u8>; 2],
     environment: Environment,
 }
@@ -48,10 +48,7 @@ impl ArenaSource for NoArena {
 fuzz_target!(|data: &[u8]| {
     let sample = &*SAMPLE;
     let mut bytes = sample.bytes.clone();
-    for edit in edits(data) {
-        let (range, salt) = &sample.structures[edit.structure % sample.structures.len()];
-        edit.apply(&mut bytes[range.clone()], *salt);
-    }
+    edit(&mut bytes, &sample.structures, data);
     let stage = MemDisk::from_bytes("stage", bytes);
     let disks = [0, 1].map(|i| MemDisk::from_bytes(["one", "two"][i], sample.backings[i].clone()));
     let backings: BTreeMap<VolumeId, &dyn Disk> =

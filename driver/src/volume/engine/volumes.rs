@@ -50,6 +50,13 @@ impl Engine {
         self.use_backing(&info, label, backing)
     }
 
+    /// A volume that is in use, and its backing.
+    fn usable(&self, volume: VolumeId) -> Result<(VolumeInfo, Arc<FileDisk>)> {
+        let volumes = self.volumes.read();
+        let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
+        Ok((found.info.clone(), found.backing.clone()))
+    }
+
     fn use_backing(&self, info: &VolumeInfo, label: Label, backing: Arc<FileDisk>) -> Result<()> {
         let capabilities = backing.capabilities();
         let target = FlushTarget {
@@ -72,11 +79,7 @@ impl Engine {
     pub fn remove_volume(&self, volume: VolumeId) -> Result<()> {
         self.drain()?;
         let _one = self.changing.lock();
-        let (info, backing) = {
-            let volumes = self.volumes.read();
-            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
-            (found.info.clone(), found.backing.clone())
-        };
+        let (info, backing) = self.usable(volume)?;
         {
             let mut volumes = self.volumes.write();
             let doors = volumes.get(&volume).map_or(0, |v| v.shared.doors.load(Ordering::Acquire));
@@ -102,11 +105,7 @@ impl Engine {
     /// Grows a volume to `size_bytes`; its backing must have the room (a file gets it). Durable when it returns.
     pub fn resize_volume(&self, volume: VolumeId, size_bytes: u64) -> Result<()> {
         let _one = self.changing.lock();
-        let (old, backing) = {
-            let volumes = self.volumes.read();
-            let found = volumes.get(&volume).ok_or_else(|| no_volume(volume))?;
-            (found.info.clone(), found.backing.clone())
-        };
+        let (old, backing) = self.usable(volume)?;
         if size_bytes == old.size_bytes {
             return Ok(());
         }
