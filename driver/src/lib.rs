@@ -1,6 +1,7 @@
 //! The Tidegate engine.
 
 pub mod base;
+pub mod bytes;
 pub mod flush;
 pub mod format;
 pub mod io;

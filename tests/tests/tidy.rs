@@ -21,6 +21,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("mirror", 4),
     ("recovery", 5),
     ("volume", 6),
+    ("bytes", 7),
 ];
 
 /// Uses of a higher layer: file and path used.

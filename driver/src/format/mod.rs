@@ -19,10 +19,12 @@
 //! | record header | `record.rs` | 64 | before each payload |
 //! | label | `label.rs` | 4096 | backing: 2 slots right after the volume's last block |
 //! | arena header | `arena.rs` | 4096 | first bytes of the arena file |
+//! | greeting, welcome, submission, completion | `byte_ring.rs` | 128, 512, 64, 32 | the byte door's socket and shared memory |
 //!
 //! The map of the stage device is in `geometry.rs`.
 
 pub mod arena;
+pub mod byte_ring;
 pub mod checkpoint;
 pub mod geometry;
 pub mod group;
