@@ -32,6 +32,7 @@
 
 pub mod client;
 pub mod gate;
+pub mod local;
 mod serve;
 pub mod session;
 pub mod ties;
