@@ -114,11 +114,15 @@ const ATTACH_HELP: &str = "\
 Attaching a volume that is attached prints its path; one whose server died waits until it is live again. The device also
 has the name /dev/tidegate/NAME.
 
+With --bytes the volume becomes a byte device: programs use it with libtidegate through /run/tidegate/NAME.sock (or
+$TIDEGATE_RUN_DIR/NAME.sock). A volume is a block device or a byte device, never both at once.
+
 A server started here ends with the last detach. On SIGTERM it ends too: devices in use are not taken away, they wait for
 the next attach, with everything that was accepted kept.
 
 Examples:
   tidegate attach db
+  tidegate attach log --bytes --allow user:postgres   # for programs with libtidegate; prints the socket's path
   tidegate attach db --foreground            # for systemd: see tidegate@.service
   tidegate attach db --stage /dev/nvme1n1p4  # the stage, or a volume from another machine, is found here";
 
@@ -217,6 +221,12 @@ impl From<OnError> for OnLogError {
 pub struct Attach {
     /// Name of the volume
     pub name: String,
+    /// Make a byte device (a socket for libtidegate) instead of a block device
+    #[arg(long)]
+    pub bytes: bool,
+    /// Who may use the byte device besides root: user:NAME or group:NAME
+    #[arg(long, value_name = "WHO", requires = "bytes")]
+    pub allow: Vec<Allow>,
     /// Serve in this process, detach on SIGTERM and SIGINT
     #[arg(long)]
     pub foreground: bool,
@@ -235,6 +245,27 @@ pub struct Attach {
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// A user or a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// Name or number.
+    User(String),
+    /// Name or number.
+    Group(String),
+}
+
+impl std::str::FromStr for Allow {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Allow, String> {
+        match text.split_once(':') {
+            Some(("user", name)) if !name.is_empty() => Ok(Allow::User(name.to_owned())),
+            Some(("group", name)) if !name.is_empty() => Ok(Allow::Group(name.to_owned())),
+            _ => Err("say user:NAME or group:NAME".to_owned()),
+        }
+    }
 }
 
 /// `detach`.

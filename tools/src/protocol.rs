@@ -38,6 +38,17 @@ pub enum Request {
         /// Name.
         volume: String,
     },
+    /// Make a volume a byte device.
+    AttachBytes {
+        /// Name.
+        volume: String,
+        /// Where its socket is to be.
+        path: std::path::PathBuf,
+        /// Users that may use it besides root and the server's own.
+        users: Vec<u32>,
+        /// Groups that may use it.
+        groups: Vec<u32>,
+    },
     /// End the device of a volume.
     Detach {
         /// Name.
@@ -114,7 +125,7 @@ pub enum Reply {
     Done,
     /// To `Status`.
     Status(Box<ServerStatus>),
-    /// To `Attach`: the path of the device.
+    /// To `Attach` and `AttachBytes`: the path of the device, or of the socket.
     Device(String),
     /// To `AddVolume`: UUID of the volume.
     Volume(uuid::Uuid),
@@ -132,6 +143,9 @@ pub struct ServerStatus {
     pub ending: bool,
     /// Devices.
     pub devices: Vec<DeviceStatus>,
+    /// Byte devices.
+    #[serde(default)]
+    pub gates: Vec<GateStatus>,
     /// The stage.
     pub stage: StageStatus,
     /// What opening the stage found.
@@ -152,6 +166,26 @@ pub struct DeviceStatus {
     /// Why it is not served (yet): clients wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+/// A byte device as its server sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GateStatus {
+    /// Name of the volume.
+    pub volume: String,
+    /// Its socket.
+    pub path: String,
+    /// Who is in a session.
+    pub clients: Vec<ClientStatus>,
+}
+
+/// A client of a byte device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ClientStatus {
+    /// Process id.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
 }
 
 /// Writes one value as a line.

@@ -186,6 +186,9 @@ pub struct Runtime {
     pub ended: bool,
     /// Devices that are started, or were left waiting for a server.
     pub devices: Vec<RuntimeDevice>,
+    /// Byte devices that are open.
+    #[serde(default)]
+    pub gates: Vec<RuntimeGate>,
     /// Where the server keeps its arena.
     #[serde(default)]
     pub arena_dir: Option<PathBuf>,
@@ -200,6 +203,21 @@ pub struct RuntimeDevice {
     pub volume_uuid: Uuid,
     /// Number of the ublk device.
     pub device_id: u32,
+}
+
+/// A byte device in [`Runtime`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeGate {
+    /// Name of the volume.
+    pub volume: String,
+    /// UUID of the volume.
+    pub volume_uuid: Uuid,
+    /// Its socket.
+    pub path: PathBuf,
+    /// Users that may use it.
+    pub users: Vec<u32>,
+    /// Groups that may use it.
+    pub groups: Vec<u32>,
 }
 
 /// Why a server could not start, for the command that waits for it.

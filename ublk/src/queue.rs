@@ -420,6 +420,7 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
                     }
                 }
                 Event::Op(done) => door.op_done(done, io),
+                Event::Bell { .. } => {}
                 Event::Wake => {
                     given_up |= give_up.load(Ordering::Acquire);
                     door.woken(io);

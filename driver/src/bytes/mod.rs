@@ -30,9 +30,14 @@
 //! - B6 the client is not trusted: the server copies a descriptor before it looks at it, keeps its own counters, bounds
 //!   every offset and length, computes checksums over its own copy, and waits for nothing that only the client can do.
 
+pub mod client;
+pub mod gate;
 pub mod log;
 #[cfg(any(test, feature = "samples"))]
 pub mod memory_store;
+mod serve;
+pub mod session;
+pub mod ties;
 
 use std::fmt;
 use std::time::Duration;

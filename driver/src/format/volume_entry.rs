@@ -40,6 +40,23 @@ pub enum AckLevel {
     Memory,
 }
 
+impl AckLevel {
+    /// The code on disk.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            AckLevel::Log => 0,
+            AckLevel::Memory => 1,
+        }
+    }
+
+    /// The level with this code.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<AckLevel> {
+        [AckLevel::Log, AckLevel::Memory].into_iter().find(|level| level.code() == code)
+    }
+}
+
 /// What writers get while the log device fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -173,10 +190,7 @@ impl VolumeInfo {
             name: text_into(&self.name).expect("a validated name fits"),
             size_bytes: self.size_bytes.into(),
             id: self.id.0.into(),
-            ack: match self.ack {
-                AckLevel::Log => 0,
-                AckLevel::Memory => 1,
-            },
+            ack: self.ack.code(),
             on_log_error: match self.on_log_error {
                 OnLogError::Stall => 0,
                 OnLogError::Fail => 1,
@@ -207,11 +221,7 @@ impl VolumeEntry {
             id: VolumeId(self.id.get()),
             size_bytes: self.size_bytes.get(),
             block_bytes: self.block_bytes.get(),
-            ack: match self.ack {
-                0 => AckLevel::Log,
-                1 => AckLevel::Memory,
-                code => return Err(bad("ack level", code)),
-            },
+            ack: AckLevel::from_code(self.ack).ok_or_else(|| bad("ack level", self.ack))?,
             on_log_error: match self.on_log_error {
                 0 => OnLogError::Stall,
                 1 => OnLogError::Fail,

@@ -9,10 +9,13 @@ pub mod file;
 #[cfg(any(test, feature = "samples"))]
 pub mod memory_disk;
 pub mod op;
+pub mod peer;
 pub mod probe;
+pub mod shared_map;
 pub mod uring;
 
 pub use buffer::AlignedBuf;
 pub use disk::Disk;
 pub use file::FileDisk;
 pub use op::{Done, Errno, Memory, Op, OpKind, Target, Token};
+pub use shared_map::SharedMap;

@@ -22,7 +22,7 @@
 //! | bits | meaning |
 //! |---|---|
 //! | 63 set | raw command of the caller; the other bits are the caller's ([`RAW`]) |
-//! | 62 set | the reactor's own: wake-up, cancellation |
+//! | 62 set | the reactor's own: wake-up, bell, cancellation |
 //! | else | operation: slot in bits 0..32, low bits of the slot's generation in 32..62 |
 //!
 //! # Allocation
@@ -35,6 +35,7 @@
     reason = "submission of memory to the kernel; the one place where operations become SQEs"
 )]
 
+mod bell;
 mod entry;
 mod slab;
 #[cfg(test)]
@@ -45,12 +46,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
 
+use self::bell::Bell;
 use self::entry::Way;
 use self::slab::{InFlight, Slab};
 use self::waker::WakeReader;
@@ -64,6 +66,7 @@ pub const RAW: u64 = 1 << 63;
 const OWN: u64 = 1 << 62;
 const WAKE: u64 = OWN | 1;
 const CANCEL: u64 = OWN | 2;
+const BELL: u64 = OWN | 3;
 
 /// Slots of the ring's file table: every target and every file of [`Reactor::register_file`] takes one. Small enough
 /// for any `RLIMIT_NOFILE`, large enough for a stage with all its volumes.
@@ -99,6 +102,11 @@ pub enum Event {
     },
     /// The [`Waker`] was triggered, once or more often, since the last `Wake`.
     Wake,
+    /// Whoever has the other end of the socket given to [`Reactor::listen_to`] has rung, or is gone.
+    Bell {
+        /// Nothing more will come.
+        closed: bool,
+    },
 }
 
 /// A file in the ring's own table, for entries of [`Reactor::push_raw`].
@@ -133,6 +141,7 @@ pub struct Reactor {
     targets: Vec<TargetEntry>,
     files_free: Vec<u32>,
     wake: WakeReader,
+    bell: Option<Bell>,
     /// Kernel knows how to wait without counting the wait as I/O wait (6.15).
     no_iowait: bool,
     _not_send: PhantomData<*const ()>,
@@ -159,6 +168,7 @@ impl Reactor {
             targets: Vec::new(),
             files_free: (0..FILES_MAX as u32).rev().collect(),
             wake,
+            bell: None,
             no_iowait,
             _not_send: PhantomData,
         };
@@ -170,6 +180,17 @@ impl Reactor {
     #[must_use]
     pub fn waker(&self) -> Waker {
         self.wake.waker()
+    }
+
+    /// From now on bytes that arrive on `socket` cause an [`Event::Bell`]. Once per reactor.
+    ///
+    /// # Panics
+    ///
+    /// If there is a bell already.
+    pub fn listen_to(&mut self, socket: OwnedFd) {
+        assert!(self.bell.is_none(), "one bell per reactor");
+        self.bell = Some(Bell::new(socket));
+        self.arm_bell();
     }
 
     /// Makes `target` known. The file is kept open until [`Self::unregister`] or the end of the reactor.
@@ -306,9 +327,19 @@ impl Reactor {
                 }
                 None
             }
+            BELL => self.rung(result),
             CANCEL => None,
             key => self.finish_or_continue(key, result).map(Event::Op),
         }
+    }
+
+    fn rung(&mut self, result: i32) -> Option<Event> {
+        self.bell.as_mut()?.taken();
+        let again = result > 0 || result == -libc::EINTR || result == -libc::EAGAIN;
+        if again {
+            self.arm_bell();
+        }
+        (result != -libc::ECANCELED).then_some(Event::Bell { closed: !again })
     }
 
     /// Judges the completion of one step of an operation: `Some` when that was the last one.
@@ -364,6 +395,14 @@ impl Reactor {
         let (fd, into) = self.wake.read_into();
         let entry = opcode::Read::new(types::Fd(fd), into, 8).build().user_data(WAKE);
         // SAFETY: the eight bytes are on the heap, used for nothing else, and outlive the read (see `Drop`).
+        unsafe { self.push_entry(&entry) };
+    }
+
+    fn arm_bell(&mut self) {
+        let Some(bell) = &mut self.bell else { return };
+        let (fd, into, len) = bell.read_into();
+        let entry = opcode::Recv::new(types::Fd(fd), into, len).build().user_data(BELL);
+        // SAFETY: the bytes are on the heap, used for nothing else, and outlive the read (see `Drop`).
         unsafe { self.push_entry(&entry) };
     }
 
@@ -471,7 +510,8 @@ impl Drop for Reactor {
         unsafe { self.push_entry(&cancel) };
         let mut cancel_again = false;
         let deadline = Instant::now() + DRAIN_CANCELLED;
-        while !self.slab.is_empty() || self.wake.is_armed() {
+        let listens = |bell: &Option<Bell>| bell.as_ref().is_some_and(Bell::is_armed);
+        while !self.slab.is_empty() || self.wake.is_armed() || listens(&self.bell) {
             if std::mem::take(&mut cancel_again) {
                 // SAFETY: as above.
                 unsafe { self.push_entry(&cancel) };
@@ -482,7 +522,7 @@ impl Drop for Reactor {
             }
             while let Some(event) = self.next_event() {
                 // A wake-up that came first has armed the read once more, behind the cancellation.
-                cancel_again |= matches!(event, Event::Wake);
+                cancel_again |= matches!(event, Event::Wake | Event::Bell { closed: false });
             }
             drained |= self.slab.is_empty();
         }
@@ -495,6 +535,9 @@ impl Drop for Reactor {
         }
         if self.wake.is_armed() {
             self.wake.leak();
+        }
+        if let Some(bell) = self.bell.as_mut().filter(|bell| bell.is_armed()) {
+            bell.leak();
         }
         // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring. Emptying the
         // table, unlike unregistering it, never waits for commands that still use a file (up to 6.12 that is for ever

@@ -19,7 +19,7 @@ use super::shared::{LOG_TOKEN, Mailbox, Shared};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
 use crate::base::units::{align_down, align_up};
-use crate::base::{ByteRange, VolumeId};
+use crate::base::{ByteRange, Lsn, VolumeId};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::format::volume_entry::{AckLevel, OnLogError};
 use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
@@ -146,6 +146,19 @@ impl VolumeDoor {
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.log_group.is_some() || self.jobs.iter().any(|job| !matches!(job, Job::Idle))
+    }
+
+    /// Everything up to the first is accepted, up to the second durable.
+    #[must_use]
+    pub fn progress(&self) -> (Lsn, Lsn) {
+        let core = self.shared.core.lock();
+        (core.published(), core.durable())
+    }
+
+    /// Size of the volume now.
+    #[must_use]
+    pub fn volume_bytes(&self) -> u64 {
+        self.volume.size_bytes.load(Ordering::Acquire)
     }
 
     fn ack(&self, request: &Request) -> Ack {

@@ -197,6 +197,12 @@ impl Engine {
         self.superblock.lock().volumes.clone()
     }
 
+    /// The stage.
+    #[must_use]
+    pub fn stage_uuid(&self) -> uuid::Uuid {
+        self.superblock.lock().stage_uuid
+    }
+
     /// Largest request in bytes that doors take.
     #[must_use]
     pub fn request_bytes_max(&self) -> u32 {

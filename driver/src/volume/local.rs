@@ -116,7 +116,7 @@ impl LocalClient {
             match event {
                 Event::Op(done) => self.door.op_done(done, &mut self.io),
                 Event::Wake => self.door.woken(&mut self.io),
-                Event::Raw { .. } => {}
+                Event::Raw { .. } | Event::Bell { .. } => {}
             }
         }
         self.door.batch_end(&mut self.io);

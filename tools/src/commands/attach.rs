@@ -3,21 +3,25 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::unistd::{Group, User};
 use serde_json::json;
 use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::bytes::client::socket_path;
+use tidegate_driver::bytes::gate::Access;
 use tidegate_driver::format::volume_entry::{VolumeInfo, check_name};
 use tidegate_driver::io::FileDisk;
 use tidegate_ublk::Status;
 use tidegate_ublk::info::block_path;
 
-use crate::cli::Attach;
+use crate::cli::{Allow, Attach};
 use crate::client::Client;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry, StageDir};
+use crate::server::GateConfig;
 use crate::{engine, links, paths, report, server, stacking};
 
 /// How long the server may vanish under our eyes before that is an error.
@@ -33,16 +37,20 @@ const WAIT_LOOK: Duration = Duration::from_millis(500);
 /// `attach`.
 pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     let entry = locate(registry, args)?;
-    preflight()?;
+    let gate = if args.bytes { Some(gate_of(&entry.name, &args.allow)?) } else { None };
+    if gate.is_none() {
+        preflight()?;
+    }
     wait_for_devices(&entry, Duration::from_secs(args.wait));
     stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
     if args.foreground {
-        server::foreground(registry, &entry, args.accept_loss, args.json)?;
+        server::foreground(registry, &entry, args.accept_loss, gate, args.json)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let device = attach(registry, &entry, args.accept_loss)?;
+    let is_bytes = gate.is_some();
+    let device = attach(registry, &entry, gate, args.accept_loss)?;
     tell_repairs(registry, &entry);
-    print_device(&entry, &device, args.json)?;
+    print_device(&entry, &device, is_bytes, args.json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -76,13 +84,44 @@ fn tell_repairs(registry: &Registry, entry: &Entry) {
 }
 
 /// Prints what scripts wait for.
-pub fn print_device(entry: &Entry, device: &str, json: bool) -> Result<()> {
-    let printed = if json {
+pub fn print_device(entry: &Entry, device: &str, is_bytes: bool, json: bool) -> Result<()> {
+    let printed = if json && is_bytes {
+        report::json(&json!({ "name": entry.name, "socket": device }))
+    } else if json {
         report::json(&json!({ "name": entry.name, "device": device, "link": links::path(&entry.name) }))
     } else {
         report::line(device)
     };
     printed.map(drop)
+}
+
+/// Folder of the sockets of byte devices.
+pub fn run_dir() -> PathBuf {
+    let path = socket_path("x");
+    path.parent().map(Path::to_owned).unwrap_or_default()
+}
+
+/// The byte device that was asked for.
+fn gate_of(name: &str, allowed: &[Allow]) -> Result<GateConfig> {
+    let path = std::path::absolute(socket_path(name))
+        .map_err(|e| Error::io("cannot tell where TIDEGATE_RUN_DIR is", e))?;
+    let mut access = Access::default();
+    let unknown = |what: &str, name: &str| {
+        Error::new(ErrorKind::NotFound, format!("--allow: this machine has no {what} '{name}'"))
+    };
+    for allow in allowed {
+        match allow {
+            Allow::User(name) => {
+                let named = || User::from_name(name).ok().flatten().map(|user| user.uid.as_raw());
+                access.users.push(name.parse().ok().or_else(named).ok_or_else(|| unknown("user", name))?);
+            }
+            Allow::Group(name) => {
+                let named = || Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
+                access.groups.push(name.parse().ok().or_else(named).ok_or_else(|| unknown("group", name))?);
+            }
+        }
+    }
+    Ok(GateConfig { path, access })
 }
 
 /// What making a device needs of the machine.
@@ -175,9 +214,20 @@ fn volume_on(stage: &Path, name: &str) -> Result<(uuid::Uuid, VolumeInfo)> {
     Ok((superblock.stage_uuid, volume.clone()))
 }
 
-/// Has the volume attached; the path of its device.
-pub fn attach(registry: &Registry, entry: &Entry, accept_loss: bool) -> Result<String> {
-    let request = Request::Attach { volume: entry.name.clone() };
+/// Has the volume attached; the path of its device, or of its socket.
+pub fn attach(
+    registry: &Registry,
+    entry: &Entry,
+    gate: Option<GateConfig>,
+    accept_loss: bool,
+) -> Result<String> {
+    let volume = entry.name.clone();
+    let request = match gate {
+        None => Request::Attach { volume },
+        Some(GateConfig { path, access }) => {
+            Request::AttachBytes { volume, path, users: access.users, groups: access.groups }
+        }
+    };
     let dir = registry.stage_dir(entry.stage_uuid);
     // For the next server, whoever starts it: a supervisor may be at its attempts. One that answers has lost nothing.
     if accept_loss && Client::connect(&dir).is_none() {

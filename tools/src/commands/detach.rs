@@ -79,7 +79,10 @@ pub fn not_attached(name: &str) -> Error {
 /// Whether a device of the volume waits for a server.
 fn has_device(registry: &Registry, entry: &Entry) -> Result<bool> {
     let runtime = registry.stage_dir(entry.stage_uuid).runtime()?;
-    Ok(runtime.is_some_and(|r| r.devices.iter().any(|d| d.volume_uuid == entry.volume_uuid)))
+    Ok(runtime.is_some_and(|r| {
+        r.devices.iter().any(|d| d.volume_uuid == entry.volume_uuid)
+            || r.gates.iter().any(|g| g.volume_uuid == entry.volume_uuid)
+    }))
 }
 
 fn exists(entry: &Entry) -> Result<bool> {

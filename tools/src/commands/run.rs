@@ -29,7 +29,7 @@ pub fn run(registry: &Registry, args: &Run) -> Result<ExitCode> {
             let _ = fs::remove_dir(&args.dir);
         }
     })?;
-    match server::foreground(registry, &entry, false, false)? {
+    match server::foreground(registry, &entry, false, None, false)? {
         None => Ok(ExitCode::SUCCESS),
         Some(left) => Err(Error::new(ErrorKind::Busy, left)),
     }

@@ -75,8 +75,11 @@ struct Volume {
     name: String,
     uuid: Uuid,
     state: State,
+    /// Path of the block device, or of the socket of a byte device.
     device: Option<String>,
     device_id: Option<u32>,
+    /// Process ids of the clients of a byte device; `null` if it is none.
+    clients: Option<Vec<u32>>,
     /// The stable name that leads to the device.
     link: Option<PathBuf>,
     /// Process id of the server.
@@ -173,6 +176,12 @@ impl Known {
             // Or waits to be buried.
             stat.map_or(true, |stat| stat.contains(") Z ") || stat.contains(") X "))
         })
+    }
+
+    /// Whether a volume was a byte device when its server died.
+    fn left_gate(&self, entry: &Entry) -> bool {
+        let is_it = |r: &Runtime| !r.ended && r.gates.iter().any(|g| g.volume_uuid == entry.volume_uuid);
+        self.runtime.as_ref().is_some_and(is_it)
     }
 
     /// The device of a volume that has no server to ask. The kernel knows whether there is one; where it cannot be asked,
@@ -305,16 +314,19 @@ fn stage_of(registry: &Registry, entry: &Entry, known: &Known) -> Stage {
 fn volume_of(entry: &Entry, known: &Known) -> Volume {
     let server = known.server.as_ref();
     let device = server.and_then(|s| s.devices.iter().find(|d| d.volume == entry.name));
+    let gate = server.and_then(|s| s.gates.iter().find(|g| g.volume == entry.name));
     let left = if server.is_none() { known.left(entry) } else { None };
     let state = match (server, device, &left) {
         (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
-        (Some(s), Some(_), _) if s.ending => State::Ending,
+        (Some(s), _, _) if s.ending && (device.is_some() || gate.is_some()) => State::Ending,
         (Some(_), Some(_), _) => State::Attached,
+        (Some(_), None, _) if gate.is_some() => State::Attached,
         (Some(_), None, _) => State::Detached,
         (None, _, _) if known.hangs.is_some() => State::NotAnswering,
         (None, _, _) if known.supervised => State::Recovering,
         (None, _, Some(left)) => left.state,
         (None, _, None) if known.unread().is_some() => State::Error,
+        (None, _, None) if known.left_gate(entry) => State::ServerDied,
         (None, _, None) => State::Detached,
     };
     let counters = server.and_then(|s| s.stage.volumes.iter().find(|v| v.name == entry.name));
@@ -327,7 +339,10 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         name: entry.name.clone(),
         uuid: entry.volume_uuid,
         state,
-        device: device_id.map(|id| tidegate_ublk::info::block_path(id).display().to_string()),
+        device: device_id
+            .map(|id| tidegate_ublk::info::block_path(id).display().to_string())
+            .or(gate.map(|g| g.path.clone())),
+        clients: gate.map(|g| g.clients.iter().map(|client| client.pid).collect()),
         device_id,
         link: device_id.and_then(|id| links::of(&entry.name, id)),
         pid: known.pid(),
@@ -415,6 +430,9 @@ fn details(listing: &Listing, text: &mut String) {
         row("block size", v.block_bytes.map_or("-".into(), |b| b.to_string()));
         if let Some(link) = &v.link {
             row("link", link.display().to_string());
+        }
+        if let Some(clients) = &v.clients {
+            row("clients", format!("{} {clients:?}", clients.len()));
         }
         for (key, count, bytes) in [
             ("reads", v.reads, v.read_bytes),

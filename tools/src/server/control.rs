@@ -12,8 +12,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use tidegate_driver::base::{Error, Result};
+use tidegate_driver::bytes::gate::Access;
 
 use super::Server;
+use super::gates::GateConfig;
 use crate::engine::NewVolume;
 use crate::protocol::{self, Reply, Request, answer_of};
 use crate::signals::Signals;
@@ -204,7 +206,10 @@ fn answer(server: &Server, stream: UnixStream, end: &UnixStream) -> std::io::Res
     if server.is_ending() && request != Request::Status {
         return Ok(());
     }
-    let ends = matches!(request, Request::Attach { .. } | Request::Detach { .. } | Request::Shutdown);
+    let ends = matches!(
+        request,
+        Request::Attach { .. } | Request::AttachBytes { .. } | Request::Detach { .. } | Request::Shutdown
+    );
     let outcome = carry_out(server, request);
     // Without a device there is nothing to serve: after the last detach, after a first attach that failed.
     let ended = ends && server.end_if_idle();
@@ -222,6 +227,10 @@ fn carry_out(server: &Server, request: Request) -> Result<Reply> {
     match request {
         Request::Status => Ok(Reply::Status(Box::new(server.status()))),
         Request::Attach { volume } => server.attach(&volume).map(Reply::Device),
+        Request::AttachBytes { volume, path, users, groups } => {
+            let config = GateConfig { path, access: Access { users, groups } };
+            server.attach_bytes(&volume, config).map(Reply::Device)
+        }
         Request::Detach { volume, flush, force } => {
             server.detach(&volume, flush, force).map(|()| Reply::Done)
         }

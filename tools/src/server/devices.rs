@@ -169,6 +169,14 @@ impl Server {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         self.forget_ended();
+        if let Some((gate, _)) = self.gates.lock().get(name) {
+            let what = format!(
+                "volume '{name}' is attached as byte device {}, and a volume is a block device or a byte device, never both: \
+                 detach it first",
+                gate.path().display()
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
         if let Some(device) = self.attached.lock().get_mut(name) {
             let path = device.path.display().to_string();
             if std::mem::take(&mut device.recovered) {
@@ -192,10 +200,10 @@ impl Server {
     /// server is to end.
     pub fn detach(&self, name: &str, flush: bool, force: bool) -> Result<()> {
         let _one = self.begin()?;
-        let path = if force && !self.attached.lock().contains_key(name) {
-            self.end_waiting(name)?
-        } else {
-            self.end_attached(name, force)?
+        let path = match self.end_gate(name, force) {
+            Some(ended) => ended?,
+            None if force && !self.attached.lock().contains_key(name) => self.end_waiting(name)?,
+            None => self.end_attached(name, force)?,
         };
         let last = self.is_idle();
         tracing::info!("detached volume '{name}' from {}", path.display());
@@ -274,7 +282,7 @@ impl Server {
 
     fn end_all(&self) {
         let mut left = Vec::new();
-        let mut stuck = false;
+        let mut stuck = !self.end_gates();
         let attached = self.attached.lock();
         let devices: Vec<_> =
             attached.iter().map(|(name, a)| (name.clone(), a.device_id, Arc::clone(&a.device))).collect();
@@ -406,14 +414,15 @@ impl Server {
             supervisor_pid: self.supervisor(),
             ending: self.is_ending(),
             devices,
+            gates: self.gate_status(),
             stage: self.engine.status(),
             recovery: self.engine.recovery(),
         }
     }
 
-    /// Whether no device is attached, nor waits for this server.
+    /// Whether no volume is attached, and no device waits for this server.
     pub fn is_idle(&self) -> bool {
-        self.attached.lock().is_empty() && self.waiting.lock().is_empty()
+        self.attached.lock().is_empty() && self.waiting.lock().is_empty() && self.gates.lock().is_empty()
     }
 
     /// Ends a server that has nothing to serve. Whether it has ended.
@@ -446,7 +455,10 @@ fn quiesce_within(device: &Arc<Mutex<Device>>) -> Option<String> {
 }
 
 /// Does `work` in a thread of its own; `None` if it takes longer, and goes on.
-fn within(patience: Duration, work: impl FnOnce() -> Result<()> + Send + 'static) -> Option<Result<()>> {
+pub(super) fn within(
+    patience: Duration,
+    work: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Option<Result<()>> {
     let (sender, outcome) = mpsc::channel();
     let spawned = std::thread::Builder::new().name("end".into()).spawn(move || {
         // The receiver is gone when the patience was over: then nobody is interested.

@@ -12,6 +12,7 @@
 
 mod control;
 mod devices;
+pub mod gates;
 mod namespace;
 mod state;
 pub mod supervise;
@@ -34,6 +35,7 @@ use crate::commands::attach::print_device;
 use crate::registry::{Entry, Registry, StageDir};
 use crate::signals::Signals;
 
+pub use gates::GateConfig;
 pub use state::{Opening, Server};
 
 /// Largest log file kept; one older one is kept beside it.
@@ -78,12 +80,19 @@ fn note_start_error(dir: &StageDir, error: Option<&Error>) {
 fn open(registry: &Registry, stage: Uuid, accept_loss: bool, supervisor: Option<u32>) -> Result<Arc<Server>> {
     let noted = registry.stage_dir(stage).arena_dir();
     let arena_dir = crate::engine::arena_dir();
-    let needed: Vec<&Path> = [registry.dir(), &arena_dir].into_iter().chain(noted.as_deref()).collect();
+    let gates = gates::noted(&registry.stage_dir(stage));
+    let folders = gates::folders(&gates);
+    let needed: Vec<&Path> = [registry.dir(), &arena_dir]
+        .into_iter()
+        .chain(noted.as_deref())
+        .chain(folders.iter().map(|folder| folder.as_path()))
+        .collect();
     namespace::prepare(&needed);
     let mut server = Server::open(registry, stage, Opening { accept_loss, forget: None })?;
     server.set_supervisor(supervisor);
     let server = Arc::new(server);
     server.recover_devices()?;
+    server.recover_gates(&gates);
     server.note_runtime();
     Ok(server)
 }
@@ -106,6 +115,7 @@ pub fn foreground(
     registry: &Registry,
     entry: &Entry,
     accept_loss: bool,
+    gate: Option<GateConfig>,
     json: bool,
 ) -> Result<Option<String>> {
     let dir = registry.stage_dir(entry.stage_uuid);
@@ -123,7 +133,12 @@ pub fn foreground(
     // While its socket can be reached: /run is among the mounts that are dropped.
     let systemd = systemd_socket();
     let server = open(registry, entry.stage_uuid, accept_loss, None)?;
-    let device = match server.attach(&entry.name) {
+    let is_bytes = gate.is_some();
+    let attached = match gate {
+        Some(gate) => server.attach_bytes(&entry.name, gate),
+        None => server.attach(&entry.name),
+    };
+    let device = match attached {
         Ok(device) => device,
         Err(e) => {
             server.terminate();
@@ -131,7 +146,7 @@ pub fn foreground(
         }
     };
     note_start_error(&dir, None);
-    if let Err(e) = print_device(entry, &device, json) {
+    if let Err(e) = print_device(entry, &device, is_bytes, json) {
         // It is served all the same.
         tracing::warn!("{}", e.report());
     }

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
+use tidegate_driver::bytes::gate::{Access, Gate};
+use tidegate_driver::bytes::ties::Ties;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::VolumeInfo;
 use tidegate_driver::io::file::overlap;
@@ -21,7 +23,7 @@ use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id
 /// A stage with its engine open, in this process.
 ///
 /// Locks, in this order: `operations` (held through attach, detach and the like, which so happen one at a time), then
-/// `attached`, `waiting` or `backings` (held for moments; `status` needs only these).
+/// `attached`, `waiting`, `gates` or `backings` (held for moments; `status` needs only these).
 pub struct Server {
     registry: Registry,
     pub(super) dir: StageDir,
@@ -33,6 +35,9 @@ pub struct Server {
     pub(super) attached: Mutex<BTreeMap<String, Attached>>,
     /// Devices that could not be taken over yet.
     pub(super) waiting: Mutex<BTreeMap<String, Waiting>>,
+    /// Volumes that are byte devices.
+    pub(super) gates: Mutex<BTreeMap<String, (Arc<Gate>, Access)>>,
+    pub(super) ties: Arc<Ties>,
     backings: Mutex<BTreeMap<VolumeId, Arc<FileDisk>>>,
     /// Nothing more is accepted.
     ending: AtomicBool,
@@ -115,6 +120,8 @@ impl Server {
             operations: Mutex::new(()),
             attached: Mutex::default(),
             waiting: Mutex::default(),
+            gates: Mutex::default(),
+            ties: Arc::default(),
             backings: backings.into(),
             ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -173,7 +180,15 @@ impl Server {
         outcome.as_ref().is_err_and(|e| e.report() == ENDING)
     }
 
-    fn free(&self, name: &str) -> Result<()> {
+    /// Refuses a volume that is attached.
+    pub(super) fn free(&self, name: &str) -> Result<()> {
+        if let Some((gate, _)) = self.gates.lock().get(name) {
+            let what = format!(
+                "volume '{name}' is attached as byte device {}: detach it first",
+                gate.path().display()
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
         if self.waiting.lock().contains_key(name) {
             let what = format!("the device of volume '{name}' waits to be served: detach it first");
             return Err(Error::new(ErrorKind::Busy, what));
@@ -271,6 +286,7 @@ impl Server {
             supervisor_pid: self.supervisor,
             ended: self.is_ending(),
             devices,
+            gates: self.gates_to_note(),
             arena_dir: Some(self.arena_dir.clone()),
         };
         if let Err(e) = self.dir.put_runtime(&runtime) {

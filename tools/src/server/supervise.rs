@@ -103,6 +103,9 @@ fn was_serving(dir: &StageDir, pid: u32) -> bool {
 fn device_waits(registry: &Registry, stage: Uuid) -> bool {
     // What cannot be read or looked at may well be there.
     let Ok(entries) = registry.entries() else { return true };
+    if !super::gates::noted(&registry.stage_dir(stage)).is_empty() {
+        return true;
+    }
     entries.iter().filter(|e| e.stage_uuid == stage).any(|e| {
         let device = engine::device_of(e.volume_uuid);
         device.map_or(true, |found| found.is_some_and(|(_, status)| status != Status::Dead))

@@ -1,0 +1,531 @@
+//! The client's side of a session, for programs in other processes than the server's.
+//!
+//! Locks, none of which is held while waiting: `submitter` (order of submission), `reaper` (completions), `heap`; a thread
+//! that needs two takes them in this order.
+
+mod connect;
+mod rings;
+mod space;
+mod wait;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use self::connect::Connected;
+pub use self::connect::{RUN_DIR, socket_path};
+use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
+use self::space::{Heap, Parts};
+use self::wait::Waiting;
+use super::{ByteStore, Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
+use crate::format::byte_ring::{ACCEPTED, DURABLE_UP_TO, RingLayout, VOLUME_BYTES};
+use crate::format::volume_entry::AckLevel;
+use crate::io::SharedMap;
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Requests that may be submitted and not taken yet: a power of two from 8 to 4096; 0: the server's default.
+    pub depth: u32,
+    /// Size of the arena: a multiple of 4096; 0: the server's default.
+    pub arena_bytes: u32,
+}
+
+/// A session with a volume. May be used by many threads.
+#[derive(Debug)]
+pub struct Device {
+    memory: SharedMap,
+    layout: RingLayout,
+    session: u16,
+    info: Info,
+    parts: Parts,
+    submitter: Mutex<Submitter>,
+    reaper: Mutex<Reaper>,
+    heap: Mutex<Heap>,
+    waiting: Waiting,
+}
+
+fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+    // One too far to be told is none.
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+impl Device {
+    /// Opens a session with the volume `target`, which is a name or the path of a socket (with a `/`).
+    pub fn open(target: &str, options: &Options) -> Result<Device> {
+        let Connected { socket, memory, layout, session, mut info } =
+            connect::connect(target, options.depth, options.arena_bytes)?;
+        let parts = Parts::of(layout.arena_bytes);
+        info.write_bytes_max = info.write_bytes_max.min(parts.copies);
+        Ok(Device {
+            submitter: Mutex::new(Submitter::new(&parts)),
+            reaper: Mutex::default(),
+            heap: Mutex::new(Heap::new(&parts)),
+            waiting: Waiting::new(socket),
+            memory,
+            layout,
+            session,
+            info,
+            parts,
+        })
+    }
+
+    /// What the session is to.
+    #[must_use]
+    pub fn info(&self) -> Info {
+        Info { volume_bytes: self.memory.word(VOLUME_BYTES).load(Ordering::Acquire), ..self.info.clone() }
+    }
+
+    /// Address and size of the arena. It stays in place as long as the device lives.
+    #[must_use]
+    pub fn arena(&self) -> (*mut u8, usize) {
+        (self.memory.base().wrapping_add(self.layout.arena()), self.layout.arena_bytes as usize)
+    }
+
+    /// A part of the arena of `len` bytes for the program: where it begins. `ENOMEM` if there is none.
+    pub fn alloc(&self, len: usize) -> Result<u32> {
+        let heap_bytes = self.parts.end - self.parts.heap;
+        if len == 0 || len > heap_bytes as usize {
+            let what = format!(
+                "cannot allocate {len} bytes: a session's arena has 1 to {heap_bytes} for its program"
+            );
+            return Err(Failure::new(libc::EINVAL, what));
+        }
+        self.heap.lock().alloc(len).ok_or_else(|| {
+            Failure::new(libc::ENOMEM, format!("the arena has no {len} bytes in one piece: free some first"))
+        })
+    }
+
+    /// Gives back what `alloc` gave. No request that names it may be in flight.
+    pub fn free(&self, arena_offset: u32) -> Result<()> {
+        if self.heap.lock().free(arena_offset) {
+            Ok(())
+        } else {
+            Err(Failure::new(libc::EINVAL, format!("byte {arena_offset} of the arena begins no allocation")))
+        }
+    }
+
+    /// Puts bytes into the arena.
+    pub fn put(&self, arena_offset: u32, bytes: &[u8]) -> Result<()> {
+        self.memory.copy_in(self.position(arena_offset, bytes.len())?, bytes);
+        Ok(())
+    }
+
+    /// Gets bytes from the arena.
+    pub fn get(&self, arena_offset: u32, into: &mut [u8]) -> Result<()> {
+        self.memory.copy_out(self.position(arena_offset, into.len())?, into);
+        Ok(())
+    }
+
+    fn position(&self, arena_offset: u32, len: usize) -> Result<usize> {
+        let fits = (arena_offset as usize)
+            .checked_add(len)
+            .is_some_and(|end| end <= self.layout.arena_bytes as usize);
+        if fits {
+            Ok(self.layout.arena() + arena_offset as usize)
+        } else {
+            Err(Failure::new(libc::EFAULT, format!("{len} bytes at {arena_offset} are not in the arena")))
+        }
+    }
+
+    /// Submits requests, all or none, in this order; the ticket of the first, the others follow by one each. `EAGAIN`: no
+    /// room, take completions first. What is wrong with a request its completion says.
+    pub fn submit(&self, batch: &[Submission]) -> Result<Ticket> {
+        if let Some(gone) = self.waiting.gone() {
+            return Err(gone.clone());
+        }
+        if batch.is_empty() || batch.len() > self.layout.depth as usize {
+            let what = format!("{} requests at once: 1 to {} are possible", batch.len(), self.layout.depth);
+            return Err(Failure::new(libc::EINVAL, what));
+        }
+        if batch.iter().any(|submission| submission.cookie == OWN_COOKIE) {
+            return Err(Failure::new(libc::EINVAL, "the cookie with all bits set is the library's own"));
+        }
+        let mut submitter = self.submitter.lock();
+        if !submitter.has_room(&self.memory, &self.layout, batch.len()) {
+            drop(submitter);
+            self.waiting.listen();
+            return Err(self.waiting.gone().cloned().unwrap_or_else(|| {
+                Failure::new(libc::EAGAIN, "the submission ring is full: take completions, then try again")
+            }));
+        }
+        let first = Ticket::new(self.session, submitter.tail + 1);
+        for submission in batch {
+            submitter.put(&self.memory, &self.layout, submission);
+        }
+        self.publish(&submitter);
+        Ok(first)
+    }
+
+    fn publish(&self, submitter: &Submitter) {
+        if submitter.publish(&self.memory) {
+            self.waiting.ring();
+        }
+    }
+
+    fn collect(&self) {
+        let submitted = || self.submitter.lock().tail;
+        let tail = submitted();
+        let mut reaper = self.reaper.lock();
+        let wake = reaper.collect(&self.memory, &self.layout, || tail);
+        let slots = std::mem::take(&mut reaper.slots);
+        drop(reaper);
+        if !slots.is_empty() {
+            let mut heap = self.heap.lock();
+            slots.into_iter().for_each(|slot| heap.give_slot(slot));
+        }
+        if wake {
+            self.waiting.ring();
+        }
+    }
+
+    /// Takes completions of [`Device::submit`]; how many. Waits for the first of them; 0 after the timeout.
+    pub fn reap(&self, into: &mut [Completion], timeout: Option<Duration>) -> Result<usize> {
+        if into.is_empty() {
+            return Ok(0);
+        }
+        let take = |into: &mut [Completion]| {
+            self.collect();
+            let mut reaper = self.reaper.lock();
+            let count = reaper.ready.len().min(into.len());
+            for (place, completion) in into.iter_mut().zip(reaper.ready.drain(..count)) {
+                *place = completion;
+            }
+            (count > 0).then_some(count)
+        };
+        if let Some(count) = take(into) {
+            return Ok(count);
+        }
+        if timeout == Some(Duration::ZERO) {
+            // For those who wait at the descriptor: from now on it tells.
+            self.waiting.listen();
+            self.waiting.announce(&self.memory);
+            return match (take(into), self.waiting.gone()) {
+                (Some(count), _) => Ok(count),
+                (None, None) => Ok(0),
+                (None, Some(gone)) => Err(gone.clone()),
+            };
+        }
+        let taken = self.waiting.until(&self.memory, deadline_of(timeout), || take(into))?;
+        Ok(taken.unwrap_or(0))
+    }
+
+    /// Readable when there may be completions or the server is gone, from a `reap` that gave nothing on.
+    #[must_use]
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.waiting.socket().as_fd()
+    }
+
+    /// Every change up to this ticket is accepted.
+    #[must_use]
+    pub fn accepted(&self) -> Ticket {
+        Ticket::new(self.session, self.memory.word(ACCEPTED).load(Ordering::Acquire))
+    }
+
+    /// Every change up to this ticket is durable.
+    #[must_use]
+    pub fn durable(&self) -> Ticket {
+        Ticket::new(self.session, self.memory.word(DURABLE_UP_TO).load(Ordering::Acquire))
+    }
+
+    /// Waits until every change up to `ticket` is durable. Says it if a write of [`Device::write_async`] has failed since
+    /// this was last asked.
+    pub fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
+        let submitted = self.submitter.lock().tail;
+        if ticket.session() != self.session || !(1..=submitted).contains(&ticket.sequence()) {
+            let what = format!("ticket {:#x} is none of this session's", ticket.0);
+            return Err(Failure::new(libc::EINVAL, what));
+        }
+        let deadline = deadline_of(timeout);
+        let is_durable = || (self.durable() >= ticket).then_some(());
+        let outcome = match self.info.ack {
+            // On its way already.
+            AckLevel::Log => {
+                let done = || {
+                    self.collect();
+                    is_durable().or_else(|| self.reaper.lock().failed.map(drop))
+                };
+                self.waiting.until(&self.memory, deadline, done)?.map(|()| 0)
+            }
+            AckLevel::Memory if is_durable().is_some() => Some(0),
+            AckLevel::Memory => {
+                self.request(Operation::Flush, 0, (0, 0), deadline)?.map(|completion| completion.result)
+            }
+        };
+        self.collect();
+        if let Some(failed) = self.reaper.lock().failed.take() {
+            let what = format!("the write with ticket {:#x} failed", failed.ticket.0);
+            return Err(failure_of(failed.result, &what));
+        }
+        match outcome {
+            None => Err(Failure::new(libc::ETIMEDOUT, "not durable within the time given")),
+            Some(0) => Ok(()),
+            Some(result) => Err(failure_of(result, "the flush failed")),
+        }
+    }
+
+    /// Writes `parts`, one after the other, as one record; returns when the volume's ack level is reached (or it is
+    /// durable, with [`super::DURABLE`]).
+    pub fn write(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
+        let sequence = self.submit_copy(offset, parts, flags & !SILENT, Some(Own::Awaited))?;
+        let what = || format!("cannot write at byte {offset} of volume '{}'", self.info.name);
+        self.finished(sequence, None)?.map_or(Ok(()), |completion| check(&completion, what))?;
+        Ok(Ticket::new(self.session, sequence))
+    }
+
+    /// The same, but returns when the payload was taken over. [`Device::persist`] waits for it, and says if it failed.
+    pub fn write_async(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
+        let sequence = self.submit_copy(offset, parts, flags | SILENT, None)?;
+        Ok(Ticket::new(self.session, sequence))
+    }
+
+    fn submit_copy(&self, offset: u64, parts: &[&[u8]], flags: u8, own: Option<Own>) -> Result<u64> {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        if len == 0 || len > self.info.write_bytes_max as usize {
+            let errno = if len == 0 { libc::EINVAL } else { libc::EMSGSIZE };
+            let what = format!(
+                "a write of {len} bytes: volume '{}' takes 1 to {} at once",
+                self.info.name, self.info.write_bytes_max
+            );
+            return Err(Failure::new(errno, what));
+        }
+        let submission = Submission {
+            operation: Operation::Write as u8,
+            flags,
+            offset,
+            len: len as u64,
+            cookie: OWN_COOKIE,
+            ..Submission::default()
+        };
+        self.submit_own(submission, own, None, |submitter| {
+            let at = submitter.room_for_copy(&self.memory, len)?;
+            let mut to = self.layout.arena() + at as usize;
+            for part in parts {
+                self.memory.copy_in(to, part);
+                to += part.len();
+            }
+            Some(at)
+        })?
+        .ok_or_else(|| Failure::new(libc::ETIMEDOUT, "no room in the session"))
+    }
+
+    /// Submits a request of the library's own when there is room; `place` says where its payload is, if there is room for
+    /// that too. `None` after the deadline.
+    fn submit_own(
+        &self,
+        submission: Submission,
+        own: Option<Own>,
+        deadline: Option<Instant>,
+        mut place: impl FnMut(&mut Submitter) -> Option<u32>,
+    ) -> Result<Option<u64>> {
+        if let Some(gone) = self.waiting.gone() {
+            return Err(gone.clone());
+        }
+        self.waiting.until(&self.memory, deadline, || {
+            let mut submitter = self.submitter.lock();
+            if !submitter.has_room(&self.memory, &self.layout, 1) {
+                drop(submitter);
+                self.collect();
+                return None;
+            }
+            let arena_offset = place(&mut submitter)?;
+            let sequence = submitter.tail + 1;
+            if let Some(own) = own {
+                self.reaper.lock().own.insert(sequence, own);
+            }
+            let mut placed = submission;
+            placed.arena_offset = arena_offset;
+            submitter.put(&self.memory, &self.layout, &placed);
+            self.publish(&submitter);
+            Some(sequence)
+        })
+    }
+
+    /// Waits for a request of the library's own; `None` after the deadline.
+    fn finished(&self, sequence: u64, deadline: Option<Instant>) -> Result<Option<Completion>> {
+        let done = || {
+            self.collect();
+            let mut reaper = self.reaper.lock();
+            match reaper.own.get(&sequence) {
+                Some(Own::Done(completion)) => {
+                    let completion = *completion;
+                    reaper.own.remove(&sequence);
+                    Some(completion)
+                }
+                _ => None,
+            }
+        };
+        let outcome = self.waiting.until(&self.memory, deadline, done);
+        if !matches!(outcome, Ok(Some(_))) {
+            let mut reaper = self.reaper.lock();
+            if reaper.own.remove(&sequence) == Some(Own::Awaited) {
+                reaper.own.insert(sequence, Own::Abandoned);
+            }
+        }
+        outcome
+    }
+
+    fn request(
+        &self,
+        operation: Operation,
+        flags: u8,
+        (offset, len): (u64, u64),
+        deadline: Option<Instant>,
+    ) -> Result<Option<Completion>> {
+        let submission = Submission {
+            operation: operation as u8,
+            flags,
+            offset,
+            len,
+            cookie: OWN_COOKIE,
+            ..Submission::default()
+        };
+        match self.submit_own(submission, Some(Own::Awaited), deadline, |_| Some(0))? {
+            Some(sequence) => self.finished(sequence, deadline),
+            None => Ok(None),
+        }
+    }
+
+    fn change(&self, operation: Operation, flags: u8, range: (u64, u64)) -> Result<Ticket> {
+        let completion = self.request(operation, flags & !SILENT, range, None)?.expect("without a deadline");
+        let (offset, len) = range;
+        check(&completion, || {
+            format!("cannot {operation:?} {len} bytes at byte {offset} of volume '{}'", self.info.name)
+        })?;
+        Ok(completion.ticket)
+    }
+
+    /// Makes a range zero, as one record of any length.
+    pub fn write_zeroes(&self, offset: u64, len: u64, flags: u8) -> Result<Ticket> {
+        self.change(Operation::WriteZeroes, flags, (offset, len))
+    }
+
+    /// Says that a range is no longer needed.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<Ticket> {
+        self.change(Operation::Discard, 0, (offset, len))
+    }
+
+    /// Makes everything submitted before durable.
+    pub fn flush(&self) -> Result<()> {
+        let completion = self.request(Operation::Flush, 0, (0, 0), None)?.expect("without a deadline");
+        check(&completion, || format!("cannot flush volume '{}'", self.info.name))
+    }
+
+    /// Reads. More than 64 KiB at once is read in parts.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let slot_bytes = self.parts.read_slot as usize;
+        let mut at = offset;
+        for window in into.chunks_mut(slot_bytes * self.parts.read_slots as usize) {
+            let mut reads = Vec::with_capacity(window.len().div_ceil(slot_bytes));
+            for part in window.chunks(slot_bytes) {
+                match self.begin_read(at, part.len()) {
+                    Ok(read) => reads.push(read),
+                    Err(e) => {
+                        self.abandon_reads(&reads);
+                        return Err(e);
+                    }
+                }
+                at += part.len() as u64;
+            }
+            self.end_reads(&reads, window.chunks_mut(slot_bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Sequence and slot of a read of one slot's bytes or fewer.
+    fn begin_read(&self, offset: u64, len: usize) -> Result<(u64, u32)> {
+        let slot = self
+            .waiting
+            .until(&self.memory, None, || self.heap.lock().take_slot())?
+            .expect("without a deadline");
+        let submission = Submission {
+            operation: Operation::Read as u8,
+            offset,
+            len: len as u64,
+            cookie: OWN_COOKIE,
+            ..Submission::default()
+        };
+        let submitted = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot));
+        match submitted {
+            Ok(sequence) => Ok((sequence.expect("without a deadline"), slot)),
+            Err(e) => {
+                self.give_slot(slot);
+                Err(e)
+            }
+        }
+    }
+
+    fn give_slot(&self, slot: u32) {
+        self.heap.lock().give_slot(slot);
+        self.waiting.notify();
+    }
+
+    fn end_reads<'a>(&self, reads: &[(u64, u32)], parts: impl Iterator<Item = &'a mut [u8]>) -> Result<()> {
+        for (i, ((sequence, slot), part)) in reads.iter().zip(parts).enumerate() {
+            let outcome = self.finished(*sequence, None).and_then(|completion| {
+                let completion = completion.expect("without a deadline");
+                check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
+                self.get(*slot, part)
+            });
+            self.give_slot(*slot);
+            if let Err(e) = outcome {
+                self.abandon_reads(&reads[i + 1..]);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Their slots come back with their completions.
+    fn abandon_reads(&self, reads: &[(u64, u32)]) {
+        let mut reaper = self.reaper.lock();
+        for (sequence, slot) in reads {
+            match reaper.own.remove(sequence) {
+                Some(Own::Done(_)) => reaper.slots.push(*slot),
+                _ => drop(reaper.own.insert(*sequence, Own::AbandonedRead(*slot))),
+            }
+        }
+    }
+}
+
+fn failure_of(result: i32, what: &str) -> Failure {
+    let errno = result.checked_neg().filter(|errno| (1..4096).contains(errno)).unwrap_or(libc::EIO);
+    let why = match errno {
+        libc::ERANGE => "the range is not within the volume".to_owned(),
+        libc::ECANCELED => "a request that it names never came".to_owned(),
+        errno => std::io::Error::from_raw_os_error(errno).to_string(),
+    };
+    Failure::new(errno, format!("{what}: {why}"))
+}
+
+fn check(completion: &Completion, what: impl Fn() -> String) -> Result<()> {
+    if completion.result == 0 { Ok(()) } else { Err(failure_of(completion.result, &what())) }
+}
+
+impl ByteStore for &Device {
+    fn volume_bytes(&self) -> u64 {
+        self.info().volume_bytes
+    }
+
+    fn write_bytes_max(&self) -> u32 {
+        self.info.write_bytes_max
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        Device::read(self, offset, into)
+    }
+
+    fn write(&self, offset: u64, parts: &[&[u8]]) -> Result<Ticket> {
+        self.write_async(offset, parts, 0)
+    }
+
+    fn durable(&self) -> Ticket {
+        Device::durable(self)
+    }
+
+    fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
+        Device::persist(self, ticket, timeout)
+    }
+}

@@ -1,0 +1,135 @@
+//! How a client gets its session.
+
+use std::io::{IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use uuid::Uuid;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::super::{Failure, Info, Result};
+use crate::format::byte_ring::{HelloImage, RingLayout, WELCOME_MAGIC, WIRE_VERSION, WelcomeImage, text_of};
+use crate::format::volume_entry::AckLevel;
+use crate::io::SharedMap;
+
+/// How long the server may take to welcome a client.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where the sockets are, unless `TIDEGATE_RUN_DIR` says otherwise.
+pub const RUN_DIR: &str = "/run/tidegate";
+
+/// A session, as the server gave it.
+pub(super) struct Connected {
+    pub socket: UnixStream,
+    pub memory: SharedMap,
+    pub layout: RingLayout,
+    pub session: u16,
+    pub info: Info,
+}
+
+/// The socket of `target`: a path, or the name of a volume.
+#[must_use]
+pub fn socket_path(target: &str) -> PathBuf {
+    if target.contains('/') {
+        return target.into();
+    }
+    let dir = std::env::var_os("TIDEGATE_RUN_DIR").filter(|dir| !dir.is_empty());
+    PathBuf::from(dir.unwrap_or(RUN_DIR.into())).join(format!("{target}.sock"))
+}
+
+fn failed(what: &str, target: &str, e: &std::io::Error) -> Failure {
+    let errno = e.raw_os_error().unwrap_or(libc::EPROTO);
+    Failure::new(errno, format!("{what} '{target}': {e}"))
+}
+
+pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Connected> {
+    if target.is_empty() || target.contains('\0') {
+        return Err(Failure::new(libc::EINVAL, "name a volume, or the path of its socket"));
+    }
+    let path = socket_path(target);
+    let socket = UnixStream::connect(&path).map_err(|e| match e.raw_os_error() {
+        Some(errno @ (libc::ENOENT | libc::ECONNREFUSED)) => {
+            let what = format!(
+                "nobody serves {}: attach the volume with `tidegate attach NAME --bytes`",
+                path.display()
+            );
+            Failure::new(errno, what)
+        }
+        _ => failed("cannot reach", &path.to_string_lossy(), &e),
+    })?;
+    let hello = HelloImage::new(depth, arena_bytes);
+    let greet = |mut socket: &UnixStream| {
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.write_all(hello.as_bytes())
+    };
+    greet(&socket).map_err(|e| failed("cannot greet the server of", target, &e))?;
+    let (welcome, memory) =
+        receive(&socket).map_err(|e| failed("no answer from the server of", target, &e))?;
+    if welcome.magic != WELCOME_MAGIC {
+        return Err(Failure::new(libc::EPROTO, format!("what serves {} is not Tidegate", path.display())));
+    }
+    if welcome.errno.get() != 0 {
+        let errno = welcome.errno.get().clamp(1, 4095);
+        return Err(Failure::new(errno, format!("volume '{target}': {}", text_of(&welcome.message))));
+    }
+    session_of(&socket, &welcome, memory).ok_or_else(|| {
+        Failure::new(libc::EPROTO, format!("the server of '{target}' gave a session that makes no sense"))
+    })?
+}
+
+fn receive(socket: &UnixStream) -> std::io::Result<(WelcomeImage, Option<OwnedFd>)> {
+    let mut bytes = [0; size_of::<WelcomeImage>()];
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
+    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let message =
+        recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            received.extend(fds.into_iter().map(own));
+        }
+    }
+    let len = message.bytes;
+    (&mut &*socket).read_exact(&mut bytes[len..])?;
+    Ok((WelcomeImage::read_from_bytes(&bytes).expect("of its size"), received.pop()))
+}
+
+#[expect(unsafe_code, reason = "descriptors come as numbers")]
+fn own(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// `None` if the welcome does not fit together.
+fn session_of(
+    socket: &UnixStream,
+    welcome: &WelcomeImage,
+    memory: Option<OwnedFd>,
+) -> Option<Result<Connected>> {
+    let layout = RingLayout::new(welcome.depth.get(), welcome.arena_bytes.get())?;
+    let session = u16::try_from(welcome.session.get()).ok().filter(|session| *session != 0)?;
+    let fits =
+        welcome.version.get() == WIRE_VERSION && welcome.memory_bytes.get() == layout.memory_bytes() as u64;
+    let memory = memory.filter(|_| fits)?;
+    let info = Info {
+        name: text_of(&welcome.name),
+        volume_bytes: welcome.volume_bytes.get(),
+        write_bytes_max: welcome.write_bytes_max.get(),
+        depth: layout.depth,
+        arena_bytes: layout.arena_bytes,
+        ack: AckLevel::from_code(welcome.ack)?,
+        stage_uuid: Uuid::from_bytes(welcome.stage_uuid),
+        volume_uuid: Uuid::from_bytes(welcome.volume_uuid),
+    };
+    let open = || {
+        let memory = SharedMap::open(memory, layout.memory_bytes())
+            .map_err(|e| Failure::new(libc::EPROTO, e.report()))?;
+        let socket = socket.try_clone().map_err(|e| failed("cannot share the socket of", &info.name, &e))?;
+        socket.set_read_timeout(None).map_err(|e| failed("cannot set up the socket of", &info.name, &e))?;
+        Ok(Connected { socket, memory, layout, session, info })
+    };
+    Some(open())
+}

@@ -1,0 +1,162 @@
+//! The client's ends of the rings. What the server writes is believed, as it is believed with the data.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{Ordering, fence};
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::super::{Completion, Submission, Ticket};
+use super::space::{Copies, Parts};
+use crate::format::byte_ring::{
+    COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, RingLayout, SERVER_SLEEPS, SUBMISSION_HEAD,
+    SUBMISSION_TAIL, SubmissionImage,
+};
+use crate::io::SharedMap;
+
+/// The submitting end.
+#[derive(Debug)]
+pub(super) struct Submitter {
+    /// Submissions made.
+    pub tail: u64,
+    /// As seen last: slots up to here can be used again.
+    taken: u64,
+    pub copies: Copies,
+}
+
+impl Submitter {
+    pub fn new(parts: &Parts) -> Submitter {
+        Submitter { tail: 0, taken: 0, copies: Copies::new(parts) }
+    }
+
+    /// Whether `count` submissions have room.
+    pub fn has_room(&mut self, memory: &SharedMap, layout: &RingLayout, count: usize) -> bool {
+        let fits = |taken: u64| self.tail + count as u64 - taken <= u64::from(layout.depth);
+        if fits(self.taken) {
+            return true;
+        }
+        let taken = memory.word(SUBMISSION_HEAD).load(Ordering::Acquire);
+        let has_room = fits(taken);
+        self.taken = taken;
+        has_room
+    }
+
+    /// Room for a copy that belongs to the next submission.
+    pub fn room_for_copy(&mut self, memory: &SharedMap, len: usize) -> Option<u32> {
+        let sequence = self.tail + 1;
+        if let Some(at) = self.copies.take(len, sequence) {
+            return Some(at);
+        }
+        self.copies.give_back(memory.word(SUBMISSION_HEAD).load(Ordering::Acquire));
+        self.copies.take(len, sequence)
+    }
+
+    /// Puts a submission behind the last; the server sees it after [`Submitter::publish`].
+    pub fn put(&mut self, memory: &SharedMap, layout: &RingLayout, submission: &Submission) {
+        let image = SubmissionImage {
+            operation: submission.operation,
+            flags: submission.flags,
+            reserved: 0.into(),
+            arena_offset: submission.arena_offset.into(),
+            offset: submission.offset.into(),
+            len: submission.len.into(),
+            cookie: submission.cookie.into(),
+            after: submission.after.map(|ticket| ticket.0.into()),
+        };
+        let mut words = [0; 8];
+        for (word, bytes) in words.iter_mut().zip(image.as_bytes().chunks_exact(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+        }
+        memory.put_words(layout.submission(self.tail), &words);
+        self.tail += 1;
+    }
+
+    /// Shows the server what was put. Whether it has to be woken.
+    pub fn publish(&self, memory: &SharedMap) -> bool {
+        memory.word(SUBMISSION_TAIL).store(self.tail, Ordering::Release);
+        server_sleeps(memory)
+    }
+}
+
+/// Whether the server has to be woken. Pairs with its fence between saying that it sleeps and looking once more.
+fn server_sleeps(memory: &SharedMap) -> bool {
+    fence(Ordering::SeqCst);
+    let sleeps = memory.flag(SERVER_SLEEPS);
+    sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0
+}
+
+/// The cookie of the library's own requests.
+pub(super) const OWN_COOKIE: u64 = u64::MAX;
+
+/// What becomes of the completion of a request that this library made for a call of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Own {
+    /// A call waits for it.
+    Awaited,
+    /// It is there.
+    Done(Completion),
+    /// Nobody is interested any more.
+    Abandoned,
+    /// The same, and it had this slot for reads.
+    AbandonedRead(u32),
+}
+
+/// The completing end.
+#[derive(Debug, Default)]
+pub(super) struct Reaper {
+    head: u64,
+    /// Requests of the library.
+    pub own: HashMap<u64, Own>,
+    /// Completions for the program.
+    pub ready: VecDeque<Completion>,
+    /// Failed writes that nobody waited for: the first one that was not told yet.
+    pub failed: Option<Completion>,
+    /// Slots for reads that came back.
+    pub slots: Vec<u32>,
+}
+
+impl Reaper {
+    /// Takes what is in the ring. Whether the server has to be woken because of that.
+    pub fn collect(&mut self, memory: &SharedMap, layout: &RingLayout, submitted: impl Fn() -> u64) -> bool {
+        let tail = memory.word(COMPLETION_TAIL).load(Ordering::Acquire);
+        if tail == self.head {
+            return false;
+        }
+        while self.head != tail {
+            let words: [u64; 4] = memory.words(layout.completion(self.head));
+            let bytes = words.map(u64::to_ne_bytes);
+            let image = CompletionImage::read_from_bytes(bytes.as_flattened()).expect("32 bytes");
+            self.head += 1;
+            self.sort(Completion {
+                cookie: image.cookie.get(),
+                ticket: Ticket(image.ticket.get()),
+                lsn: image.lsn.get(),
+                result: image.result.get(),
+            });
+        }
+        memory.word(COMPLETION_HEAD).store(self.head, Ordering::Release);
+        // One that had no room for completions waits for this.
+        memory.word(SUBMISSION_HEAD).load(Ordering::Relaxed) != submitted() && server_sleeps(memory)
+    }
+
+    fn sort(&mut self, completion: Completion) {
+        if completion.cookie != OWN_COOKIE {
+            self.ready.push_back(completion);
+            return;
+        }
+        let sequence = completion.ticket.sequence();
+        match self.own.get_mut(&sequence) {
+            Some(state @ Own::Awaited) => *state = Own::Done(completion),
+            Some(Own::AbandonedRead(slot)) => {
+                self.slots.push(*slot);
+                self.own.remove(&sequence);
+            }
+            Some(Own::Abandoned | Own::Done(_)) => {
+                self.own.remove(&sequence);
+            }
+            // A write that nobody waits for has a completion only if it failed.
+            None => {
+                self.failed.get_or_insert(completion);
+            }
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! The server's side of a session, without I/O: what a client's rings hold becomes requests to a door, what the door says
+//! becomes completions and progress.
+//!
+//! Life of a submission:
+//! ```text
+//!  in the ring ──▶ taken (descriptor copied) ──▶ checked ──▶ its turn ──▶ fed to the door ──▶ completed ──▶ in the
+//!                                                  │ bad        │ no                                         completion ring
+//!                                                  ▼            ▼
+//!                                             completed     held, and everything behind it
+//! ```
+//! Its turn has come when
+//! - every ticket it names has its place (of a read or flush: is accepted);
+//! - it is a read or a flush and every change of the session so far is accepted, so that it sees them (B2);
+//! - it is a barrier and nothing is in flight (B4).
+//!
+//! Ownership: a session belongs to one thread. What the client can write to is read through [`SharedMap`], each word once,
+//! and compared with counters that only this side has.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::ties::{Tie, Ties};
+use super::{DURABLE, Operation, SILENT, Ticket};
+use crate::base::Lsn;
+use crate::format::byte_ring::{
+    ACCEPTED, CLIENT_WAITS, COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, DURABLE_UP_TO, RingLayout,
+    SERVER_SLEEPS, SUBMISSION_HEAD, SUBMISSION_TAIL, SubmissionImage, VOLUME_BYTES,
+};
+use crate::io::{Errno, SharedMap};
+use crate::volume::{Request, RequestKind};
+
+/// Runs of changes of which it is remembered when they become durable.
+const UNDURABLE_MAX: usize = 8192;
+
+/// How far the stage is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Everything up to here is accepted.
+    pub published: Lsn,
+    /// Everything up to here is durable.
+    pub durable: Lsn,
+    /// Size of the volume.
+    pub volume_bytes: u64,
+}
+
+/// A request that the door has.
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    operation: Operation,
+    flags: u8,
+    sequence: u64,
+    cookie: u64,
+    arena_offset: u32,
+    lsn: u64,
+}
+
+/// A change of the session whose end is not known yet.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    sequence: u64,
+    state: ChangeState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ChangeState {
+    /// Waits for its place.
+    Unplaced,
+    Placed(Lsn),
+    /// Refused: there is nothing that could be accepted.
+    Refused,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing is in the ring, or there is no room for the completion.
+    Nothing,
+    /// Feed this to the door.
+    Request(Request),
+    /// One submission was dealt with; look again.
+    Again,
+    /// The next submission has to wait for something that this thread is told of.
+    Held,
+    /// The client has broken the rules of the rings: the session ends.
+    Broken(&'static str),
+}
+
+/// A session.
+#[derive(Debug)]
+pub struct Session {
+    number: u16,
+    memory: Arc<SharedMap>,
+    layout: RingLayout,
+    write_bytes_max: u64,
+    ties: Arc<Ties>,
+    /// Submissions taken.
+    taken: u64,
+    /// Completions made.
+    completed: u64,
+    /// What the client knows of: submissions taken, completions made, accepted, durable.
+    told: [u64; 4],
+    /// The client took completions before this.
+    reaped: u64,
+    /// The next submission, when its turn has not come.
+    held: Option<SubmissionImage>,
+    requests: Vec<Option<InFlight>>,
+    free: Vec<u32>,
+    /// Changes that are not known to be accepted, in the order of submission.
+    unaccepted: VecDeque<Change>,
+    /// Of these, the last: waiting for their place.
+    unplaced: usize,
+    /// Changes that are accepted and not known to be durable: the first submission of each run, and the last LSN of it.
+    undurable: VecDeque<(u64, Lsn)>,
+    accepted: u64,
+    durable: u64,
+    progress: Progress,
+    /// Nobody takes completions any more.
+    is_alone: bool,
+}
+
+impl Session {
+    /// Session `number` over `memory`, which is zeroed.
+    #[must_use]
+    pub fn new(
+        number: u16,
+        memory: Arc<SharedMap>,
+        layout: RingLayout,
+        write_bytes_max: u32,
+        ties: Arc<Ties>,
+        progress: Progress,
+    ) -> Session {
+        assert!(memory.len_bytes() >= layout.memory_bytes());
+        memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Relaxed);
+        Session {
+            number,
+            layout,
+            write_bytes_max: u64::from(write_bytes_max),
+            ties,
+            taken: 0,
+            completed: 0,
+            told: [0; 4],
+            reaped: 0,
+            held: None,
+            requests: vec![None; layout.depth as usize],
+            free: (0..layout.depth).rev().collect(),
+            unaccepted: VecDeque::new(),
+            unplaced: 0,
+            undurable: VecDeque::new(),
+            accepted: 0,
+            durable: 0,
+            progress,
+            is_alone: false,
+            memory,
+        }
+    }
+
+    /// The client is gone: what it has submitted is carried out, and nobody is told. A request that waits for another
+    /// session then waits in vain.
+    pub fn client_is_gone(&mut self) {
+        self.is_alone = true;
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// Requests that the door has.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.requests.len() - self.free.len()
+    }
+
+    /// Takes the next submission, if there is one and its turn has come.
+    pub fn next(&mut self) -> Next {
+        let image = match self.held {
+            Some(image) => image,
+            None => match self.fetch_submission() {
+                Ok(Some(image)) => image,
+                Ok(None) => return Next::Nothing,
+                Err(broken) => return Next::Broken(broken),
+            },
+        };
+        let operation = match self.check(&image) {
+            Ok(operation) => operation,
+            Err(errno) => return self.refuse(&image, errno),
+        };
+        match self.turn(operation, &image) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.held = Some(image);
+                return Next::Held;
+            }
+            Err(errno) => return self.refuse(&image, errno),
+        }
+        self.held = None;
+        self.taken += 1;
+        if operation == Operation::Barrier {
+            self.put_completion(image.cookie.get(), self.taken, 0, Ok(()));
+            return Next::Again;
+        }
+        Next::Request(self.begin(operation, &image))
+    }
+
+    /// Whether the submission that was held still is. What it waits for may have come about with what was told since.
+    pub fn next_is_held(&mut self) -> bool {
+        let Some(image) = self.held else { return false };
+        self.check(&image).is_ok_and(|operation| self.turn(operation, &image) == Ok(false))
+    }
+
+    /// A submission from the ring. That there is room for its completion is made sure before it is taken.
+    fn fetch_submission(&mut self) -> Result<Option<SubmissionImage>, &'static str> {
+        let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
+        if tail == self.taken {
+            return Ok(None);
+        }
+        if tail.wrapping_sub(self.taken) > u64::from(self.layout.depth) {
+            return Err("the submission tail is not within the ring");
+        }
+        if self.is_full() {
+            let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+            if head < self.reaped || head > self.told[1] {
+                return Err("the completion head is not within the ring");
+            }
+            self.reaped = head;
+            if self.is_full() {
+                return Ok(None);
+            }
+        }
+        let words: [u64; 8] = self.memory.words(self.layout.submission(self.taken));
+        let bytes = words.map(u64::to_ne_bytes);
+        Ok(Some(SubmissionImage::read_from_bytes(bytes.as_flattened()).expect("64 bytes")))
+    }
+
+    fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
+        let operation = Operation::from_code(image.operation).ok_or(Errno::EOPNOTSUPP)?;
+        let (offset, len) = (image.offset.get(), image.len.get());
+        let is_change = matches!(operation, Operation::Write | Operation::WriteZeroes | Operation::Discard);
+        let flags = if is_change { DURABLE | SILENT } else { 0 };
+        if image.flags & !flags != 0 || image.reserved.get() != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let has_range = is_change || operation == Operation::Read;
+        if !has_range {
+            return if (offset, len) == (0, 0) { Ok(operation) } else { Err(Errno::EINVAL) };
+        }
+        if len == 0 {
+            return Err(Errno::EINVAL);
+        }
+        if offset.checked_add(len).is_none_or(|end| end > self.progress.volume_bytes) {
+            return Err(Errno(libc::ERANGE));
+        }
+        if matches!(operation, Operation::Write | Operation::Read) {
+            let end = u64::from(image.arena_offset.get()).checked_add(len);
+            if end.is_none_or(|end| end > u64::from(self.layout.arena_bytes)) {
+                return Err(Errno(libc::EFAULT));
+            }
+            if len > self.write_bytes_max {
+                return Err(Errno(libc::EMSGSIZE));
+            }
+        }
+        Ok(operation)
+    }
+
+    /// Whether the turn of a valid submission has come.
+    fn turn(&mut self, operation: Operation, image: &SubmissionImage) -> Result<bool, Errno> {
+        let looks_back = matches!(operation, Operation::Read | Operation::Flush);
+        for ticket in image.after.iter().map(|t| Ticket(t.get())).filter(|t| *t != Ticket::NONE) {
+            let ready = if ticket.session() == self.number {
+                // The order within a session is given.
+                let earlier = (1..=self.taken).contains(&ticket.sequence());
+                if earlier { Tie::Ready } else { return Err(Errno::EINVAL) }
+            } else {
+                self.ties.state(ticket, looks_back, self.number)
+            };
+            match ready {
+                Tie::Ready => {}
+                Tie::NotYet => return Ok(false),
+                Tie::Never => return Err(Errno(libc::ECANCELED)),
+                Tie::Unknown => return Err(Errno::EINVAL),
+            }
+        }
+        Ok(match operation {
+            Operation::Barrier => self.in_flight() == 0,
+            Operation::Read | Operation::Flush => self.unaccepted.is_empty(),
+            Operation::Write | Operation::WriteZeroes | Operation::Discard => true,
+        })
+    }
+
+    fn begin(&mut self, operation: Operation, image: &SubmissionImage) -> Request {
+        let tag = self.free.pop().expect("looked for before the submission was taken");
+        let sequence = self.taken;
+        self.requests[tag as usize] = Some(InFlight {
+            operation,
+            flags: image.flags,
+            sequence,
+            cookie: image.cookie.get(),
+            arena_offset: image.arena_offset.get(),
+            lsn: 0,
+        });
+        let kind = match operation {
+            Operation::Read => RequestKind::Read,
+            Operation::Write => RequestKind::Write,
+            Operation::WriteZeroes => RequestKind::WriteZeroes,
+            Operation::Discard => RequestKind::Discard,
+            Operation::Flush => RequestKind::Flush,
+            Operation::Barrier => unreachable!("barriers are not for the door"),
+        };
+        if !matches!(operation, Operation::Read | Operation::Flush) {
+            self.unaccepted.push_back(Change { sequence, state: ChangeState::Unplaced });
+            self.unplaced += 1;
+        }
+        Request {
+            tag,
+            kind,
+            offset: image.offset.get(),
+            len: image.len.get(),
+            fua: image.flags & DURABLE != 0,
+        }
+    }
+
+    fn refuse(&mut self, image: &SubmissionImage, errno: Errno) -> Next {
+        self.held = None;
+        self.taken += 1;
+        self.put_completion(image.cookie.get(), self.taken, 0, Err(errno));
+        Next::Again
+    }
+
+    fn request(&self, tag: u32) -> &InFlight {
+        self.requests[tag as usize].as_ref().expect("a request of this session")
+    }
+
+    /// As [`crate::volume::DoorIo::fetch`].
+    pub fn fetch(&self, tag: u32, offset: u32, into: &mut [u8]) {
+        let at = self.layout.arena() + self.request(tag).arena_offset as usize + offset as usize;
+        self.memory.copy_out(at, into);
+    }
+
+    /// As [`crate::volume::DoorIo::deliver`].
+    pub fn deliver(&self, tag: u32, offset: u32, from: &[u8]) {
+        let at = self.layout.arena() + self.request(tag).arena_offset as usize + offset as usize;
+        self.memory.copy_in(at, from);
+    }
+
+    fn settle(&mut self, sequence: u64, state: ChangeState) {
+        if let Ok(at) = self.unaccepted.binary_search_by_key(&sequence, |change| change.sequence) {
+            self.unplaced -= usize::from(self.unaccepted[at].state == ChangeState::Unplaced);
+            self.unaccepted[at].state = state;
+        }
+    }
+
+    /// As [`crate::volume::DoorIo::placed`].
+    pub fn placed(&mut self, tag: u32, lsn: Lsn) {
+        let request = self.requests[tag as usize].as_mut().expect("a request of this session");
+        request.lsn = lsn.0;
+        let sequence = request.sequence;
+        self.settle(sequence, ChangeState::Placed(lsn));
+    }
+
+    /// As [`crate::volume::DoorIo::complete`].
+    pub fn complete(&mut self, tag: u32, result: Result<(), Errno>) {
+        let request = self.requests[tag as usize].take().expect("a request of this session");
+        self.free.push(tag);
+        if request.lsn == 0 {
+            self.settle(request.sequence, ChangeState::Refused);
+        }
+        if request.flags & SILENT == 0 || result.is_err() {
+            debug_assert!(request.operation != Operation::Barrier);
+            self.put_completion(request.cookie, request.sequence, request.lsn, result);
+        }
+    }
+
+    fn put_completion(&mut self, cookie: u64, sequence: u64, lsn: u64, result: Result<(), Errno>) {
+        if self.is_alone {
+            return;
+        }
+        let errno = match result {
+            Ok(()) => 0,
+            Err(Errno(errno)) if (1..4096).contains(&errno) => -errno,
+            Err(_) => -libc::EIO,
+        };
+        let image = CompletionImage {
+            cookie: cookie.into(),
+            ticket: Ticket::new(self.number, sequence).0.into(),
+            lsn: lsn.into(),
+            result: errno.into(),
+            reserved: 0.into(),
+        };
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(image.as_bytes().chunks_exact(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+        }
+        self.memory.put_words(self.layout.completion(self.completed), &words);
+        self.completed += 1;
+    }
+
+    /// Tells the client how far things are. Whether it wants to be woken because of that.
+    pub fn tell(&mut self, progress: Progress) -> bool {
+        if progress.volume_bytes != self.progress.volume_bytes {
+            self.memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Release);
+        }
+        self.progress = progress;
+        self.advance();
+        let now = [self.taken, self.completed, self.accepted, self.durable];
+        self.memory.word(SUBMISSION_HEAD).store(self.released(), Ordering::Release);
+        if now == self.told {
+            return false;
+        }
+        self.told = now;
+        // Completions first: whoever sees a change accepted also sees that an earlier one was refused.
+        self.memory.word(COMPLETION_TAIL).store(self.completed, Ordering::Release);
+        self.memory.word(ACCEPTED).store(self.accepted, Ordering::Release);
+        self.memory.word(DURABLE_UP_TO).store(self.durable, Ordering::Release);
+        self.ties.progress(self.number, self.taken, self.accepted);
+        // Pairs with the client's fence between saying that it waits and looking once more.
+        fence(Ordering::SeqCst);
+        let waits = self.memory.flag(CLIENT_WAITS);
+        waits.load(Ordering::Relaxed) != 0 && waits.swap(0, Ordering::Relaxed) != 0
+    }
+
+    fn advance(&mut self) {
+        let Progress { published, durable, .. } = self.progress;
+        while let Some(change) = self.unaccepted.front() {
+            match change.state {
+                ChangeState::Placed(lsn) if lsn <= published => {
+                    self.undurable.push_back((change.sequence, lsn))
+                }
+                ChangeState::Refused => {}
+                ChangeState::Unplaced | ChangeState::Placed(_) => break,
+            }
+            self.unaccepted.pop_front();
+        }
+        while self.undurable.front().is_some_and(|(_, lsn)| *lsn <= durable) {
+            self.undurable.pop_front();
+        }
+        if self.undurable.len() > UNDURABLE_MAX {
+            self.merge_undurable();
+        }
+        let accepted = self.unaccepted.front().map_or(self.taken, |change| change.sequence - 1);
+        assert!(accepted >= self.accepted, "B5: what was accepted stays accepted");
+        self.accepted = accepted;
+        // After runs were merged less is known than before: what was told stays true.
+        let durable = self.undurable.front().map_or(accepted, |(first, _)| first - 1);
+        self.durable = durable.max(self.durable);
+    }
+
+    /// Halves what is remembered: two runs that become durable one after the other are one that does with the second.
+    fn merge_undurable(&mut self) {
+        let runs: Vec<(u64, Lsn)> = self.undurable.drain(..).collect();
+        self.undurable.extend(runs.chunks(2).map(|pair| (pair[0].0, pair[pair.len() - 1].1)));
+    }
+
+    /// Submissions whose slot and payload the client may use again: those before the first that waits for its place.
+    fn released(&self) -> u64 {
+        let first = self.unaccepted.len() - self.unplaced;
+        self.unaccepted.get(first).map_or(self.taken, |change| change.sequence - 1)
+    }
+
+    /// Says that this side is about to sleep; `false` if there is something to do after all.
+    pub fn may_sleep(&self, is_held: bool) -> bool {
+        self.memory.flag(SERVER_SLEEPS).store(1, Ordering::Relaxed);
+        // Pairs with the client's fence between publishing a submission and looking at this flag.
+        fence(Ordering::SeqCst);
+        let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
+        let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+        // Held, or without room for a completion: what changes that wakes this side, or moves the head.
+        let idle = is_held || tail == self.taken || (head == self.reaped && self.is_full());
+        if !idle {
+            self.awake();
+        }
+        idle
+    }
+
+    fn is_full(&self) -> bool {
+        let used = self.in_flight() as u64 + self.completed - self.reaped;
+        let completions_full = used >= u64::from(self.layout.completion_depth()) && !self.is_alone;
+        completions_full || self.free.is_empty()
+    }
+
+    /// This side looks at the rings again by itself.
+    pub fn awake(&self) {
+        self.memory.flag(SERVER_SLEEPS).store(0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.ties.end(self.number, self.taken);
+    }
+}
