@@ -32,6 +32,9 @@
 
 pub mod client;
 pub mod gate;
+pub mod log;
+#[cfg(any(test, feature = "samples"))]
+pub mod memory_store;
 mod serve;
 pub mod session;
 pub mod ties;
