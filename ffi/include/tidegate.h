@@ -26,7 +26,9 @@
  *
  *   -EFAULT    a pointer is NULL that must not be (a handle, too)
  *   -EBADF     the handle was closed, is of another kind or of a parent process, or never was one
- *   -EINVAL    an argument is wrong, or does not fit the volume or the arena
+ *   -EINVAL    another argument is wrong, a pointer outside the arena for example
+ *   -ERANGE    bytes beyond the end of the volume
+ *   -EMSGSIZE  a write that is too long for one change
  *   -ENOTCONN  the server is gone
  *   -ECANCELED a request named the ticket of a session that ended first (result of a completion)
  *   -ENOSPC    the stage has no room; a log is full
@@ -300,7 +302,7 @@ typedef struct tg_submission {
    */
   void *data;
   /**
-   * Handed back with the completion.
+   * Handed back with the completion: any number but UINT64_MAX.
    */
   uint64_t cookie;
   /**
@@ -329,14 +331,15 @@ const char *tg_error(void);
  * Opens a session to a volume that `tidegate attach NAME --bytes` attached. `target` is the name of the volume, or the path
  * of its socket if it has a '/'. `options` may be NULL. A process may have many sessions, also to one volume.
  *
- * -ENOENT: there is no such socket; -ECONNREFUSED: nobody serves it; -EACCES: you are not allowed; -EPROTO: what answers does
- * not speak this version; -EINVAL: the options.
+ * -ENOENT: there is no such socket; -ECONNREFUSED: nobody serves it; -EACCES: you are not allowed; -EPROTO: what answers
+ * does not speak this version; -EINVAL: the options.
  */
 int tg_open(const char *target, const struct tg_options *options, struct tg_device **device);
 
 /**
- * Ends a session. The handle is invalid from now on; calls of other threads that wait in it fail with -EBADF. Does not wait
- * for what was submitted: that is carried out or not, in order. Pointers into the arena must not be used any more.
+ * Ends a session. The handle is invalid from now on. Calls of other threads that are under way finish; a tg_reap()
+ * that waits stops waiting, with -EBADF. Does not wait for what was submitted: that is carried out or not, in order. Pointers
+ * into the arena must not be used any more.
  *
  * After it, the callback of the session is not called, and does not run. It may be called from within the callback; then
  * that is the last run of it. Logs that were opened on the session go on until tg_log_close().
@@ -350,7 +353,8 @@ int tg_get_info(struct tg_device *device, struct tg_info *info);
 
 /**
  * Takes `length` bytes of the session's arena: payload for tg_submit(), aligned to 64 bytes, not cleared. NULL if it fails, and
- * errno is set: ENOMEM: the arena has no such room; EINVAL: 0, or more than the arena has.
+ * errno is set: ENOMEM: no such room is free; EINVAL: 0, or more than a quarter of the arena, which is what there is for this;
+ * the rest serves calls that copy, as tg_pwrite().
  */
 void *tg_alloc(struct tg_device *device, size_t length);
 
@@ -368,11 +372,10 @@ int tg_event_fd(struct tg_device *device);
 
 /**
  * Submits `count` requests, all or none, and does not wait. The ticket of the first goes to `first`, which may be NULL; the
- * others follow by one each. Changes get their place in the order of submission. Those with the same session need no
- * TG_BARRIER to be in order.
+ * others follow by one each. Changes of a session get their place in the order of submission, without any TG_BARRIER.
  *
- * -EAGAIN: the rings have no room: reap, and try again. -EINVAL: nothing was submitted; tg_error() says which of the
- * requests is wrong, and why.
+ * -EAGAIN: the rings have no room: reap, and try again. Another negative value: nothing was submitted; tg_error() says which
+ * of the requests is wrong, and why. What only the server can tell is in the completion: -ERANGE, -ECANCELED, ...
  */
 int tg_submit(struct tg_device *device, const struct tg_submission *submissions, size_t count, tg_ticket *first);
 
@@ -445,8 +448,8 @@ int tg_flush(struct tg_device *device);
  * An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
  * position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.
  *
- * -ENOENT: there is no log (see TG_LOG_CREATE); -EINVAL: the range; the log there has another length; what is there is neither
- * a log nor zeroes.
+ * -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EEXIST: there is something else (see TG_LOG_FORMAT); -EINVAL: the
+ * range, or the log there was made with another; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
  */
 int tg_log_open(struct tg_device *device, uint64_t base, uint64_t length, int flags, struct tg_log **log);
 
@@ -454,7 +457,8 @@ int tg_log_open(struct tg_device *device, uint64_t base, uint64_t length, int fl
  * Appends an entry of `length` bytes, at least 1. Its position goes to `position`, the ticket of its write to `ticket`; either
  * may be NULL. Returns when the payload was taken over; tg_log_persist() waits until it is durable.
  *
- * -ENOSPC: the log is full: truncate. -EMSGSIZE: an entry cannot be that long.
+ * -ENOSPC: the log is full: truncate. -EMSGSIZE: an entry cannot be that long, see tg_log_entry_bytes_max(). After any other
+ * failure the log takes no more changes until it is opened anew: it never has a hole.
  */
 int tg_log_append(struct tg_log *log, const void *data, size_t length, uint64_t *position, tg_ticket *ticket);
 
@@ -464,10 +468,12 @@ int tg_log_append(struct tg_log *log, const void *data, size_t length, uint64_t 
 int tg_log_appendv(struct tg_log *log, const struct iovec *parts, int count, uint64_t *position, tg_ticket *ticket);
 
 /**
- * Waits until the entry at `position`, and all before it, are durable, but not longer than `timeout_ns` nanoseconds; for ever
+ * Waits until the entry at `position`, and all before it, are durable (at the tail: everything in the log), but not longer than `timeout_ns` nanoseconds; for ever
  * if that is negative. -ETIMEDOUT: they are not yet.
  */
-int tg_log_persist(struct tg_log *log, uint64_t position, int64_t timeout_ns);
+int tg_log_persist(struct tg_log *log,
+                   uint64_t position,
+                   int64_t timeout_ns);
 
 /**
  * Reads the entry at `*position`, returns its length, and sets `*position` to that of the next. 0: `*position` is the tail;
@@ -481,7 +487,13 @@ ssize_t tg_log_read(struct tg_log *log, uint64_t *position, void *data, size_t s
 ssize_t tg_log_entry_bytes(struct tg_log *log, uint64_t position);
 
 /**
- * Drops all entries before `position`, which is that of an entry, or the tail.
+ * Longest entry that the log takes.
+ */
+ssize_t tg_log_entry_bytes_max(struct tg_log *log);
+
+/**
+ * Drops all entries before `position`, which is that of an entry, or the tail. It has its place in the order like any change:
+ * once a later change is durable, it is as well.
  */
 int tg_log_truncate(struct tg_log *log, uint64_t position);
 
@@ -491,7 +503,8 @@ int tg_log_truncate(struct tg_log *log, uint64_t position);
 int tg_log_bounds(struct tg_log *log, uint64_t *head, uint64_t *tail);
 
 /**
- * Closes a log. The handle is invalid from now on. Does not wait for what was appended.
+ * Closes a log. The handle is invalid from now on, whatever this returns. Does not wait for what was appended; see
+ * tg_log_persist(). A log that is not closed loses nothing.
  */
 int tg_log_close(struct tg_log *log);
 
