@@ -5,13 +5,13 @@ mod support;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::{Place, V1, V2, VOLUME_BYTES, pattern};
 use tidegate_driver::bytes::client::{Device, Options};
 use tidegate_driver::bytes::gate::{Access, Gate};
 use tidegate_driver::bytes::ties::Ties;
-use tidegate_driver::bytes::{Completion, DURABLE, Operation, SILENT, Submission, Ticket};
+use tidegate_driver::bytes::{ByteStore, Completion, DURABLE, Operation, SILENT, Submission, Ticket};
 use tidegate_driver::format::volume_entry::AckLevel;
 use tidegate_driver::volume::{Engine, LocalClient};
 
@@ -268,7 +268,47 @@ fn many_threads_share_a_session_and_many_sessions_a_volume() {
             });
         }
     });
-    assert_eq!(served.gates[0].sessions().len(), 1);
+    // A session ends a moment after its client.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while served.gates[0].sessions().len() != 1 {
+        assert!(Instant::now() < deadline, "{:?}", served.gates[0].sessions());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn long_reads_of_many_threads_share_the_slots() {
+    let served = Served::new(&[AckLevel::Memory]);
+    let device = served.device(0);
+    let bytes = pattern(7, 1 << 20);
+    device.write(0, &[&bytes], 0).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                for round in 0..40 {
+                    let mut back = vec![0; (1 << 20) - round * 1000];
+                    device.read(round as u64 * 1000, &mut back).unwrap();
+                    assert!(back == bytes[round * 1000..], "round {round}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_store_never_passes_a_write_that_failed() {
+    let served = Served::new(&[AckLevel::Log]);
+    let device = served.device(0);
+    let store = &device;
+    let before = ByteStore::write(&store, 0, &[b"a"]).unwrap();
+    let failed = ByteStore::write(&store, VOLUME_BYTES, &[b"b"]).unwrap();
+    let after = ByteStore::write(&store, 1, &[b"c"]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(errno_of(ByteStore::persist(&store, after, None)), libc::ERANGE);
+        assert_eq!(errno_of(ByteStore::persist(&store, failed, None)), libc::ERANGE);
+        assert_eq!(ByteStore::durable(&store), before);
+    }
+    ByteStore::persist(&store, before, None).unwrap();
 }
 
 #[test]

@@ -136,8 +136,8 @@ static uint32_t power_of_two(uint32_t n, uint32_t least)
 
 static int tidegate_init(struct thread_data *td)
 {
-	/* fio asks for its buffers in one piece, with some room for alignment. */
-	uint64_t arena = (uint64_t)td->o.iodepth * td_max_bs(td) + (1 << 20);
+	/* fio asks for its buffers in one piece, with some room for alignment; a quarter of an arena is for such pieces. */
+	uint64_t arena = 4 * ((uint64_t)td->o.iodepth * td_max_bs(td) + (64 << 10));
 	struct tg_options o = { .size = sizeof o };
 	struct session *s = calloc(1, sizeof *s);
 	int result;
@@ -151,8 +151,8 @@ static int tidegate_init(struct thread_data *td)
 	s->completions = calloc(s->slots, sizeof *s->completions);
 	if (!s->queued || !s->queued_units || !s->completions)
 		return 1;
-	if (arena > 256 << 20) {
-		log_err("fio: tidegate: iodepth times the block size is more than an arena holds (255 MiB)\n");
+	if (arena > UINT32_MAX) {
+		log_err("fio: tidegate: iodepth times block size is too much\n");
 		return 1;
 	}
 	o.depth = power_of_two(td->o.iodepth, 8);
