@@ -79,9 +79,11 @@ const LEFT_OVER: &[(&str, &str)] = &[];
 const GOLDEN: &[(&str, &str)] = &[
     ("ArenaImage", "arena"),
     ("CheckpointImage", "checkpoint"),
+    ("EntryImage", "log_entry"),
     ("Footer", "footer"),
     ("GroupHeader", "group"),
     ("LabelImage", "label"),
+    ("LogHeaderImage", "log_header"),
     ("PatchEntry", "patch"),
     ("PatchHeader", "patch"),
     ("RecordHeader", "record"),

@@ -15,9 +15,15 @@ pub fn crc64(data: &[u8]) -> u64 {
 /// Checksum of `data` bound to a stage by its `salt`.
 #[must_use]
 pub fn crc64_salted(salt: u64, data: &[u8]) -> u64 {
+    crc64_salted_parts(salt, [data])
+}
+
+/// Checksum of `parts`, one after the other, bound by `salt`.
+#[must_use]
+pub fn crc64_salted_parts<'a>(salt: u64, parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
     digest.update(&salt.to_le_bytes());
-    digest.update(data);
+    parts.into_iter().for_each(|part| digest.update(part));
     digest.finalize()
 }
 
@@ -36,5 +42,6 @@ mod tests {
         let mut joined = 7u64.to_le_bytes().to_vec();
         joined.extend_from_slice(b"abc");
         assert_eq!(crc64_salted(7, b"abc"), crc64(&joined));
+        assert_eq!(crc64_salted_parts(7, [&b"a"[..], b"", b"bc"]), crc64(&joined));
     }
 }

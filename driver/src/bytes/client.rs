@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
@@ -44,8 +44,13 @@ pub struct Device {
     submitter: Mutex<Submitter>,
     reaper: Mutex<Reaper>,
     heap: Mutex<Heap>,
+    /// A slot for reads came back.
+    slot_back: Condvar,
     waiting: Waiting,
 }
+
+/// Slots of reads that were given up come back with their completions, for which a thread that waits for a slot looks itself.
+const SLOT_PATIENCE: Duration = Duration::from_millis(100);
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     // One too far to be told is none.
@@ -63,6 +68,7 @@ impl Device {
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
+            slot_back: Condvar::new(),
             waiting: Waiting::new(socket),
             memory,
             layout,
@@ -175,6 +181,7 @@ impl Device {
         if !slots.is_empty() {
             let mut heap = self.heap.lock();
             slots.into_iter().for_each(|slot| heap.give_slot(slot));
+            self.slot_back.notify_all();
         }
         if wake {
             self.waiting.ring();
@@ -414,32 +421,53 @@ impl Device {
     }
 
     /// Reads. More than 64 KiB at once is read in parts.
-    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+    pub fn read(&self, offset: u64, mut into: &mut [u8]) -> Result<()> {
         let slot_bytes = self.parts.read_slot as usize;
         let mut at = offset;
-        for window in into.chunks_mut(slot_bytes * self.parts.read_slots as usize) {
-            let mut reads = Vec::with_capacity(window.len().div_ceil(slot_bytes));
-            for part in window.chunks(slot_bytes) {
-                match self.begin_read(at, part.len()) {
+        while !into.is_empty() {
+            // Whoever has slots waits for no other: all might have some, and wait for ever.
+            let slots = self.take_slots(into.len().div_ceil(slot_bytes))?;
+            let (now, later) = into.split_at_mut(into.len().min(slots.len() * slot_bytes));
+            into = later;
+            let mut reads = Vec::with_capacity(slots.len());
+            for (i, (slot, part)) in slots.iter().zip(now.chunks(slot_bytes)).enumerate() {
+                match self.begin_read(at, part.len(), *slot) {
                     Ok(read) => reads.push(read),
                     Err(e) => {
+                        slots[i..].iter().for_each(|slot| self.give_slot(*slot));
                         self.abandon_reads(&reads);
                         return Err(e);
                     }
                 }
                 at += part.len() as u64;
             }
-            self.end_reads(&reads, window.chunks_mut(slot_bytes))?;
+            self.end_reads(&reads, now.chunks_mut(slot_bytes))?;
         }
         Ok(())
     }
 
+    /// Up to `want` slots: as many as are free, or the first that comes back.
+    fn take_slots(&self, want: usize) -> Result<Vec<u32>> {
+        loop {
+            let mut heap = self.heap.lock();
+            let slots: Vec<u32> = std::iter::from_fn(|| heap.take_slot()).take(want).collect();
+            if !slots.is_empty() {
+                return Ok(slots);
+            }
+            if let Some(gone) = self.waiting.gone() {
+                return Err(gone.clone());
+            }
+            // Not at the socket: the server sends nothing when another thread gives a slot back.
+            let timed_out = self.slot_back.wait_for(&mut heap, SLOT_PATIENCE).timed_out();
+            drop(heap);
+            if timed_out {
+                self.collect();
+            }
+        }
+    }
+
     /// Sequence and slot of a read of one slot's bytes or fewer.
-    fn begin_read(&self, offset: u64, len: usize) -> Result<(u64, u32)> {
-        let slot = self
-            .waiting
-            .until(&self.memory, None, || self.heap.lock().take_slot())?
-            .expect("without a deadline");
+    fn begin_read(&self, offset: u64, len: usize, slot: u32) -> Result<(u64, u32)> {
         let submission = Submission {
             operation: Operation::Read as u8,
             offset,
@@ -447,19 +475,13 @@ impl Device {
             cookie: OWN_COOKIE,
             ..Submission::default()
         };
-        let submitted = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot));
-        match submitted {
-            Ok(sequence) => Ok((sequence.expect("without a deadline"), slot)),
-            Err(e) => {
-                self.give_slot(slot);
-                Err(e)
-            }
-        }
+        let sequence = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot))?;
+        Ok((sequence.expect("without a deadline"), slot))
     }
 
     fn give_slot(&self, slot: u32) {
         self.heap.lock().give_slot(slot);
-        self.waiting.notify();
+        self.slot_back.notify_one();
     }
 
     fn end_reads<'a>(&self, reads: &[(u64, u32)], parts: impl Iterator<Item = &'a mut [u8]>) -> Result<()> {
@@ -522,10 +544,24 @@ impl ByteStore for &Device {
     }
 
     fn durable(&self) -> Ticket {
-        Device::durable(self)
+        // Completions tell of a failure before the word does that passes it; so the word is looked at first.
+        let durable = Device::durable(self);
+        self.collect();
+        match self.reaper.lock().first_failed {
+            Some(failed) if failed.ticket <= durable => Ticket(failed.ticket.0 - 1),
+            _ => durable,
+        }
     }
 
     fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
-        Device::persist(self, ticket, timeout)
+        Device::persist(self, ticket, timeout)?;
+        self.collect();
+        match self.reaper.lock().first_failed {
+            Some(failed) if failed.ticket <= ticket => Err(failure_of(
+                failed.result,
+                &format!("the write with ticket {:#x} failed", failed.ticket.0),
+            )),
+            _ => Ok(()),
+        }
     }
 }

@@ -20,9 +20,11 @@
 //! | label | `label.rs` | 4096 | backing: 2 slots right after the volume's last block |
 //! | arena header | `arena.rs` | 4096 | first bytes of the arena file |
 //! | greeting, welcome, submission, completion | `byte_ring.rs` | 128, 512, 64, 32 | the byte door's socket and shared memory |
+//! | log header, log entry | `append_log.rs` | 64, 32 | a byte range of a volume |
 //!
 //! The map of the stage device is in `geometry.rs`.
 
+pub mod append_log;
 pub mod arena;
 pub mod byte_ring;
 pub mod checkpoint;

@@ -5,6 +5,7 @@ use uuid::Uuid;
 use zerocopy::IntoBytes;
 
 use super::Sealed;
+use super::append_log::{Entry, EntryKind, LogHeader};
 use super::arena::ArenaIdentity;
 use super::checkpoint::Checkpoint;
 use super::geometry::Geometry;
@@ -123,6 +124,25 @@ fn arena() -> ArenaIdentity {
     ArenaIdentity::new(Uuid::from_u128(0x1234), 99, &geometry())
 }
 
+fn log_header() -> LogHeader {
+    LogHeader { capacity: 1 << 20, generation: SALT, opening: 0xface, head: 4 << 20, hint: (4 << 20) + 512 }
+}
+
+fn log_entry() -> Entry {
+    Entry { position: 4 << 20, opening: 0xface, kind: EntryKind::Data(5) }
+}
+
+fn log_entry_bytes() -> Vec<u8> {
+    let mut bytes = log_entry().encode(SALT, &[b"he", b"llo"]).as_bytes().to_vec();
+    bytes.extend_from_slice(b"hello");
+    bytes
+}
+
+fn opens_log_entry(bytes: &[u8]) -> bool {
+    Entry::decode(bytes, 1 << 20, 4 << 20)
+        .is_some_and(|(entry, image)| entry == log_entry() && image.matches(SALT, &bytes[32..]))
+}
+
 fn patches() -> Vec<PatchImage> {
     (0..3).map(|i| PatchImage { volume: VolumeId(i), offset: 4096, bytes: vec![i as u8; 512] }).collect()
 }
@@ -177,6 +197,12 @@ fn instances() -> Vec<(&'static str, Vec<u8>, Decoder)> {
             encode_patches(&patches(), Lsn(1200), SALT).to_vec(),
             Box::new(|b| decode_patches(b, SALT) == Some((Lsn(1200), patches()))),
         ),
+        (
+            "log_header",
+            log_header().encode().as_bytes().to_vec(),
+            Box::new(|b| LogHeader::decode(b).ok().flatten() == Some(log_header())),
+        ),
+        ("log_entry", log_entry_bytes(), Box::new(opens_log_entry)),
     ]
 }
 
@@ -306,6 +332,27 @@ proptest! {
         let _ = Label::decode(&bytes, 0);
         let _ = ArenaIdentity::decode(&bytes, SALT);
         let _ = decode_patches(&bytes, SALT);
+        let _ = LogHeader::decode(&bytes);
+        let _ = Entry::decode(&bytes, 4096, 8);
+    }
+
+    #[test]
+    fn log_entries_survive_a_round_trip(at in 0u64..1 << 40, opening: u64, len in 1u32..=480) {
+        let position = at * 8;
+        let left = 1024 - position % 1024;
+        let data = Entry { position, opening, kind: EntryKind::Data(len) };
+        let payload = vec![7; len as usize];
+        let image = data.encode(SALT, &[&payload]);
+        let found = Entry::decode(image.as_bytes(), 1024, position);
+        prop_assert_eq!(found.map(|(entry, _)| entry), (data.bytes() <= left).then_some(data));
+        prop_assert!(image.matches(SALT, &payload) && !image.matches(SALT + 1, &payload));
+        if let Some(rest) = left.checked_sub(32) {
+            let pad = Entry { position, opening, kind: EntryKind::Pad(rest as u32) };
+            let image = pad.encode(SALT, &[]);
+            prop_assert_eq!(Entry::decode(image.as_bytes(), 1024, position).map(|(entry, _)| entry), Some(pad));
+            prop_assert!(Entry::decode(image.as_bytes(), 1024, position + 1024).is_none());
+            prop_assert!(image.matches(SALT, &[]));
+        }
     }
 
     #[test]
@@ -319,6 +366,27 @@ proptest! {
             prop_assert!(size(count) <= zone as usize && size(count + 1) > zone as usize);
         }
     }
+}
+
+#[test]
+fn impossible_log_headers_are_refused() {
+    let decode = |header: LogHeader| LogHeader::decode(header.encode().as_bytes());
+    let sound = log_header();
+    assert_eq!(decode(sound).unwrap(), Some(sound));
+    for header in [
+        LogHeader { capacity: 120, head: 0, hint: 0, ..sound },
+        LogHeader { capacity: (1 << 20) + 4, ..sound },
+        LogHeader { generation: 0, ..sound },
+        LogHeader { hint: sound.head - 8, ..sound },
+        LogHeader { hint: sound.head + 4, ..sound },
+        LogHeader { hint: sound.head + (1 << 20) + 8, ..sound },
+        LogHeader { hint: (5 << 20) - 24, ..sound },
+        LogHeader { head: u64::MAX - 7, hint: u64::MAX - 7, ..sound },
+    ] {
+        assert!(decode(header).is_err(), "{header:?}");
+    }
+    assert_eq!(LogHeader::decode(&[0; 64]).unwrap(), None);
+    assert_eq!(LogHeader::decode(b"TG").unwrap(), None);
 }
 
 #[test]

@@ -1,0 +1,103 @@
+//! Sessions with a callback: a thread takes the completions and calls.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::sync::{Arc, Once};
+use std::thread::{self, JoinHandle, ThreadId};
+
+use nix::sys::signal::{SigSet, SigmaskHow};
+use parking_lot::Mutex;
+use tidegate_driver::bytes::{Completion, Failure, Result};
+
+use crate::abi::{tg_callback, tg_completion};
+use crate::handle;
+use crate::session::{LOOK_EVERY, Session, image};
+
+/// Completions taken in one go.
+const BATCH: usize = 32;
+
+/// The thread of a session with a callback.
+pub struct Reaper {
+    id: ThreadId,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// The program's function and what it gets.
+struct Callback {
+    call: tg_callback,
+    context: *mut c_void,
+}
+
+// SAFETY: the context is only handed back to the program, which has asked for calls from another thread.
+unsafe impl Send for Callback {}
+
+impl Reaper {
+    /// Starts the thread of `session`.
+    pub fn start(session: &Arc<Session>, call: tg_callback, context: *mut c_void) -> Result<Reaper> {
+        let (callback, session) = (Callback { call, context }, Arc::clone(session));
+        // Signals are for the threads of the program: this one is started with all of them blocked.
+        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).ok();
+        let thread =
+            thread::Builder::new().name("tidegate-reap".to_owned()).spawn(move || run(&session, callback));
+        if let Some(mask) = mask {
+            let _ = mask.thread_set_mask();
+        }
+        let thread = thread.map_err(|error| {
+            let why = format!("cannot start a thread for the callback: {error}");
+            Failure::new(error.raw_os_error().unwrap_or(libc::EAGAIN), why)
+        })?;
+        Ok(Reaper { id: thread.thread().id(), thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Waits until the thread has seen that its session is closed, and has ended; unless it is this one.
+    pub fn join(&self) {
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread.filter(|_| thread::current().id() != self.id) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(session: &Session, callback: Callback) {
+    let mut some = [Completion::default(); BATCH];
+    while !session.is_closed() {
+        match session.device().reap(&mut some, Some(LOOK_EVERY)) {
+            Ok(count) => {
+                for completion in &some[..count] {
+                    if session.is_closed() {
+                        return;
+                    }
+                    callback.hand(&image(completion));
+                }
+            }
+            Err(failure) => {
+                if !session.is_closed() {
+                    let result = -failure.errno.0.max(1);
+                    callback.hand(&tg_completion { result, ..tg_completion::default() });
+                }
+                return;
+            }
+        }
+    }
+}
+
+impl Callback {
+    fn hand(&self, completion: &tg_completion) {
+        if let Some(call) = self.call {
+            // SAFETY: the program gave the function for this; the completion is there until it returns.
+            unsafe { call(self.context, completion) }
+        }
+    }
+}
+
+/// From now on handles are invalid in children that this process forks.
+pub fn watch_forks() {
+    static WATCH: Once = Once::new();
+    extern "C" fn child() {
+        handle::forked();
+    }
+    WATCH.call_once(|| {
+        // SAFETY: the function only moves one number to another. If it cannot be registered, forks are not noticed.
+        unsafe { libc::pthread_atfork(None, None, Some(child)) };
+    });
+}
