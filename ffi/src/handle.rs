@@ -135,7 +135,9 @@ mod tests {
         let pear = pears.insert(Arc::new(2)).unwrap();
         let errno = |handle| apples.find(handle).map(|it| *it).map_err(|failure| failure.errno.0);
         assert_eq!((errno(first), errno(0)), (Ok(1), Err(libc::EFAULT)));
-        for foreign in [pear, first ^ 1 << SLOT_BITS << 8, first ^ 1, first ^ 256, 1, usize::MAX, 0x7f12_3456_7890] {
+        for foreign in
+            [pear, first ^ 1 << SLOT_BITS << 8, first ^ 1, first ^ 256, 1, usize::MAX, 0x7f12_3456_7890]
+        {
             assert_eq!(errno(foreign), Err(libc::EBADF), "{foreign:#x}");
             assert!(apples.remove(foreign).is_err());
         }
@@ -150,7 +152,8 @@ mod tests {
     fn there_is_an_end_to_them() {
         let table = Table::new(0x7a, "plum");
         let plum = Arc::new(());
-        let all: Vec<usize> = (0..CHUNKS * CHUNK_SLOTS).map(|_| table.insert(Arc::clone(&plum)).unwrap()).collect();
+        let all: Vec<usize> =
+            (0..CHUNKS * CHUNK_SLOTS).map(|_| table.insert(Arc::clone(&plum)).unwrap()).collect();
         assert_eq!(table.insert(Arc::clone(&plum)).unwrap_err().errno.0, libc::EMFILE);
         table.remove(all[77]).unwrap();
         assert!(table.insert(plum).is_ok());

@@ -65,7 +65,8 @@ pub fn open(device: *mut tg_device, base: u64, length: u64, flags: c_int) -> Res
         (false, false) => OpenMode::MustExist,
     };
     let end = base.checked_add(length);
-    let end = end.ok_or_else(|| invalid(format!("{length} bytes from byte {base} on: no volume is so large")))?;
+    let end =
+        end.ok_or_else(|| invalid(format!("{length} bytes from byte {base} on: no volume is so large")))?;
     let log = AppendLog::open(Kept(session), ByteRange { start: base, end }, mode)?;
     JOURNALS.insert(Arc::new(Journal { log })).map(ptr::without_provenance_mut)
 }
@@ -97,7 +98,11 @@ impl Journal {
         let mut payload = Vec::new();
         let Some(next) = self.log.read(Position(position), &mut payload)? else { return Ok((0, position)) };
         let Some(into) = into.get_mut(..payload.len()) else {
-            let what = format!("the entry at {position} has {} bytes, there is room for {}", payload.len(), into.len());
+            let what = format!(
+                "the entry at {position} has {} bytes, there is room for {}",
+                payload.len(),
+                into.len()
+            );
             return Err(Failure::new(libc::EMSGSIZE, what));
         };
         into.copy_from_slice(&payload);

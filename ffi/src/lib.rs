@@ -12,7 +12,10 @@
 //!
 //! `include/tidegate.h` is made from the comments and signatures here by `tests/header.rs`.
 #![allow(non_camel_case_types, reason = "names of C")]
-#![allow(clippy::missing_safety_doc, reason = "the comments are C's; every pointer must be NULL or be what it says")]
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "the comments are C's; every pointer must be NULL or be what it says"
+)]
 
 pub mod abi;
 pub mod device;

@@ -166,7 +166,8 @@ pub unsafe fn parts<'a>(parts: *const iovec, count: c_int) -> Result<Vec<&'a [u8
     for part in (0..count).map(|at| parts.get(at)).filter(|part| part.iov_len > 0) {
         // SAFETY: by this function's contract.
         slices.push(unsafe { bytes(part.iov_base, part.iov_len, "iov_base")? });
-        length = length.checked_add(part.iov_len).ok_or_else(|| invalid("the parts are longer than memory"))?;
+        length =
+            length.checked_add(part.iov_len).ok_or_else(|| invalid("the parts are longer than memory"))?;
     }
     if length == 0 { Err(invalid("the parts have no bytes")) } else { Ok(slices) }
 }
@@ -217,7 +218,9 @@ pub unsafe fn options(options: *const tg_options) -> Result<tg_options> {
     // SAFETY: both have that many bytes. They are a valid structure, whatever they are: a callback is any address.
     unsafe { std::ptr::copy_nonoverlapping(theirs.as_ptr(), (&raw mut ours).cast::<u8>(), known) };
     if theirs[known..].iter().any(|&byte| byte != 0) {
-        return Err(invalid("options has fields that this version of the library does not know, and they are not 0"));
+        return Err(invalid(
+            "options has fields that this version of the library does not know, and they are not 0",
+        ));
     }
     if ours.reserved != 0 {
         return Err(invalid("options->reserved is not 0"));

@@ -37,9 +37,8 @@ impl Reaper {
         let (callback, session) = (Callback { call, context }, Arc::clone(session));
         // Signals are for the threads of the program: this one is started with all of them blocked.
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).ok();
-        let thread = thread::Builder::new()
-            .name("tidegate-reap".to_owned())
-            .spawn(move || run(&session, callback));
+        let thread =
+            thread::Builder::new().name("tidegate-reap".to_owned()).spawn(move || run(&session, callback));
         if let Some(mask) = mask {
             let _ = mask.thread_set_mask();
         }

@@ -8,7 +8,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tidegate_driver::bytes::client::{Device, Options};
-use tidegate_driver::bytes::{Completion, DURABLE, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
+use tidegate_driver::bytes::{
+    Completion, DURABLE, Failure, Info, Operation, Result, SILENT, Submission, Ticket,
+};
 use tidegate_driver::format::volume_entry::AckLevel;
 
 use crate::abi::{TG_AFTER_MAX, tg_ack, tg_completion, tg_device, tg_info, tg_options, tg_submission};
@@ -204,7 +206,9 @@ impl Session {
             Operation::Flush | Operation::Barrier if (it.offset, it.length) != (0, 0) => {
                 return Err(invalid(format!("a {operation:?} has no range")));
             }
-            Operation::WriteZeroes | Operation::Discard if it.length == 0 => return Err(invalid("the length is 0")),
+            Operation::WriteZeroes | Operation::Discard if it.length == 0 => {
+                return Err(invalid("the length is 0"));
+            }
             _ => 0,
         };
         let mut after = [Ticket::NONE; TG_AFTER_MAX];
