@@ -7,8 +7,9 @@ mod connect;
 mod rings;
 mod space;
 mod wait;
+mod watch;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ pub use self::connect::{RUN_DIR, socket_path};
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
 use self::wait::Waiting;
+use self::watch::Watch;
 use super::{ByteStore, Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
 use crate::format::byte_ring::{ACCEPTED, DURABLE_UP_TO, RingLayout, VOLUME_BYTES};
 use crate::format::volume_entry::AckLevel;
@@ -47,6 +49,7 @@ pub struct Device {
     /// A slot for reads came back.
     slot_back: Condvar,
     waiting: Waiting,
+    watch: Watch,
 }
 
 /// Slots of reads that were given up come back with their completions, for which a thread that waits for a slot looks itself.
@@ -63,6 +66,9 @@ impl Device {
         let Connected { socket, memory, layout, session, mut info } =
             connect::connect(target, options.depth, options.arena_bytes)?;
         let parts = Parts::of(layout.arena_bytes);
+        let watch = Watch::new(&socket).map_err(|e| {
+            Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
+        })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
             submitter: Mutex::new(Submitter::new(&parts)),
@@ -70,6 +76,7 @@ impl Device {
             heap: Mutex::new(Heap::new(&parts)),
             slot_back: Condvar::new(),
             waiting: Waiting::new(socket),
+            watch,
             memory,
             layout,
             session,
@@ -153,6 +160,7 @@ impl Device {
         if !submitter.has_room(&self.memory, &self.layout, batch.len()) {
             drop(submitter);
             self.waiting.listen();
+            self.attend();
             return Err(self.waiting.gone().cloned().unwrap_or_else(|| {
                 Failure::new(libc::EAGAIN, "the submission ring is full: take completions, then try again")
             }));
@@ -172,11 +180,17 @@ impl Device {
     }
 
     fn collect(&self) {
-        let submitted = || self.submitter.lock().tail;
-        let tail = submitted();
+        self.collect_and(|_| ());
+    }
+
+    /// Takes what is in the completion ring, then does this with it.
+    fn collect_and<T>(&self, then: impl FnOnce(&mut Reaper) -> T) -> T {
+        let tail = self.submitter.lock().tail;
         let mut reaper = self.reaper.lock();
         let wake = reaper.collect(&self.memory, &self.layout, || tail);
         let slots = std::mem::take(&mut reaper.slots);
+        let outcome = then(&mut reaper);
+        self.watch.tell(!reaper.ready.is_empty());
         drop(reaper);
         if !slots.is_empty() {
             let mut heap = self.heap.lock();
@@ -186,6 +200,22 @@ impl Device {
         if wake {
             self.waiting.ring();
         }
+        outcome
+    }
+
+    /// Waits; see [`Waiting::until`].
+    fn until<T>(&self, deadline: Option<Instant>, done: impl FnMut() -> Option<T>) -> Result<Option<T>> {
+        let outcome = self.waiting.until(&self.memory, deadline, done);
+        self.attend();
+        outcome
+    }
+
+    /// After bytes of the server's were taken: the program that polls must not miss what comes next.
+    fn attend(&self) {
+        if self.watch.is_on() {
+            self.waiting.announce(&self.memory);
+            self.collect();
+        }
     }
 
     /// Takes completions of [`Device::submit`]; how many. Waits for the first of them; 0 after the timeout.
@@ -194,12 +224,13 @@ impl Device {
             return Ok(0);
         }
         let take = |into: &mut [Completion]| {
-            self.collect();
-            let mut reaper = self.reaper.lock();
-            let count = reaper.ready.len().min(into.len());
-            for (place, completion) in into.iter_mut().zip(reaper.ready.drain(..count)) {
-                *place = completion;
-            }
+            let count = self.collect_and(|reaper| {
+                let count = reaper.ready.len().min(into.len());
+                for (place, completion) in into.iter_mut().zip(reaper.ready.drain(..count)) {
+                    *place = completion;
+                }
+                count
+            });
             (count > 0).then_some(count)
         };
         if let Some(count) = take(into) {
@@ -215,14 +246,16 @@ impl Device {
                 (None, Some(gone)) => Err(gone.clone()),
             };
         }
-        let taken = self.waiting.until(&self.memory, deadline_of(timeout), || take(into))?;
+        let taken = self.until(deadline_of(timeout), || take(into))?;
         Ok(taken.unwrap_or(0))
     }
 
     /// Readable when there may be completions or the server is gone, from a `reap` that gave nothing on.
     #[must_use]
     pub fn event_fd(&self) -> BorrowedFd<'_> {
-        self.waiting.socket().as_fd()
+        self.watch.start();
+        self.attend();
+        self.watch.fd()
     }
 
     /// Every change up to this ticket is accepted.
@@ -254,7 +287,7 @@ impl Device {
                     self.collect();
                     is_durable().or_else(|| self.reaper.lock().failed.map(drop))
                 };
-                self.waiting.until(&self.memory, deadline, done)?.map(|()| 0)
+                self.until(deadline, done)?.map(|()| 0)
             }
             AckLevel::Memory if is_durable().is_some() => Some(0),
             AckLevel::Memory => {
@@ -330,14 +363,19 @@ impl Device {
         if let Some(gone) = self.waiting.gone() {
             return Err(gone.clone());
         }
-        self.waiting.until(&self.memory, deadline, || {
+        self.until(deadline, || {
             let mut submitter = self.submitter.lock();
             if !submitter.has_room(&self.memory, &self.layout, 1) {
                 drop(submitter);
                 self.collect();
                 return None;
             }
-            let arena_offset = place(&mut submitter)?;
+            let Some(arena_offset) = place(&mut submitter) else {
+                // The server may be waiting for room for completions.
+                drop(submitter);
+                self.collect();
+                return None;
+            };
             let sequence = submitter.tail + 1;
             if let Some(own) = own {
                 self.reaper.lock().own.insert(sequence, own);
@@ -364,7 +402,7 @@ impl Device {
                 _ => None,
             }
         };
-        let outcome = self.waiting.until(&self.memory, deadline, done);
+        let outcome = self.until(deadline, done);
         if !matches!(outcome, Ok(Some(_))) {
             let mut reaper = self.reaper.lock();
             if reaper.own.remove(&sequence) == Some(Own::Awaited) {
