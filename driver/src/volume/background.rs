@@ -6,6 +6,8 @@
 
 mod back_off;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::io::Disk;
 
+use super::aim::Trap;
 use super::rng::Rng;
 
 /// How often things fail, in a thousand.
@@ -58,6 +59,12 @@ pub struct Control {
     pub crash_at: u64,
     /// What the server should be doing then.
     pub crash_while: Moment,
+    /// Steps that the crash waits for that.
+    pub patience: u64,
+    /// What has to happen before.
+    pub trap: Option<Trap>,
+    /// Sectors that the next power cut loses, tears and turns to garbage, in a thousand; without it that is up to chance.
+    pub cut: Option<(u64, u64, u64)>,
     /// Set by a blocking call that reached that step.
     pub crashed: bool,
     /// Rates now.
@@ -338,13 +345,14 @@ impl SimDisk {
         let mut state = self.state();
         let state = &mut *state;
         let sector = self.sector as usize;
-        let (lost, torn, garbage) = match rng.below(8) {
+        let by_chance = match rng.below(8) {
             0 => (1000, 0, 0),
             1 => (0, 0, 0),
             2 => (500, 0, 0),
             3 => (100, 300, 300),
             _ => (rng.below(1001), rng.below(300), rng.below(200)),
         };
+        let (lost, torn, garbage) = lock(&self.ctl).cut.unwrap_or(by_chance);
         let mut versions: BTreeMap<u64, Vec<Vec<u8>>> = BTreeMap::new();
         for (&at, pending) in &state.unflushed {
             versions.entry(at).or_default().extend(pending.iter().map(|v| v.bytes.clone()));

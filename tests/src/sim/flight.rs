@@ -2,6 +2,7 @@
 
 use tidegate_driver::io::{Errno, Op, OpKind, Target};
 
+use super::aim::spring;
 use super::disk::{SyncFailure, lock};
 use super::memory;
 use super::rng::Rng;
@@ -38,6 +39,9 @@ pub fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
         OpKind::Discard if !disk.discards => return Err(Errno::EOPNOTSUPP),
         OpKind::WriteZeroes if !disk.zeroes => return Err(Errno::EOPNOTSUPP),
         _ => {}
+    }
+    if let Some(errno) = spring(flight, site) {
+        return Err(errno);
     }
     let fault = {
         let mut ctl = lock(site.ctl);

@@ -284,12 +284,7 @@ impl World {
         lock(&self.ctl).note("damage", &[from, bytes.len() as u64]);
         self.stage.damage(from, &bytes);
         let last = truth.last_group.filter(|&(_, start, end)| !truth.closed && from < end && to > start);
-        // Known weakness: without the newest checkpoint a region that it had freed takes part again, and one that only the
-        // arena holds in that slot is given up.
-        let checkpoints =
-            checkpoint_offset(0)..checkpoint_offset(CHECKPOINT_SLOTS - 1) + CHECKPOINT_SLOT_BYTES;
-        let freed = !self.arenas.0.is_empty() && from < checkpoints.end && to > checkpoints.start;
-        let floor = last.map(|(before, ..)| before).or(freed.then_some(truth.log_end));
+        let floor = last.map(|(before, ..)| before);
         Some(Allowed { floor, log_end: truth.log_end, damage: true, ..Allowed::default() })
     }
 
