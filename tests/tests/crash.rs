@@ -74,6 +74,7 @@ fn worlds() {
         ("waits for space", report.sometimes.space_waits),
         ("log errors", report.sometimes.log_errors),
         ("backing errors", report.sometimes.backing_errors),
+        ("regions that could not be read", report.sometimes.load_errors),
         ("epochs", report.sometimes.epochs),
         ("wraps of the log", report.sometimes.regions / 8),
     ];

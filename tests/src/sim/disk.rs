@@ -27,6 +27,8 @@ pub struct Faults {
     pub stage_write: u64,
     /// Syncs.
     pub sync: u64,
+    /// Reads of the stage while it is in use: regions that a recovery left on the device.
+    pub stage_read: u64,
 }
 
 /// What a crash interrupts, if it comes within a while.

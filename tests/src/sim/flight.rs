@@ -47,8 +47,7 @@ pub fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
         let mut ctl = lock(site.ctl);
         let faults = ctl.faults;
         let rate = match kind {
-            // A region that cannot be read ends the server's service; the world does not try that.
-            OpKind::Read if on_stage => 0,
+            OpKind::Read if on_stage => faults.stage_read,
             OpKind::Read => faults.read,
             OpKind::Sync => faults.sync,
             _ if on_stage => faults.stage_write,

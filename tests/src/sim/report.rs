@@ -148,6 +148,7 @@ impl Sometimes {
         self.space_waits += other.space_waits;
         self.log_errors += other.log_errors;
         self.backing_errors += other.backing_errors;
+        self.load_errors += other.load_errors;
         self.epochs += other.epochs;
         self.regions = self.regions.max(other.regions);
     }
@@ -195,6 +196,8 @@ pub struct Sometimes {
     pub log_errors: u64,
     /// Flush attempts that failed.
     pub backing_errors: u64,
+    /// Regions that could not be read from the stage.
+    pub load_errors: u64,
     /// Epochs flushed.
     pub epochs: u64,
     /// Most regions opened in one life.

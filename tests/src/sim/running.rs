@@ -564,6 +564,7 @@ impl Running {
             space_waits: core.counters.space_waits,
             log_errors: core.counters.log_errors,
             backing_errors: self.background.status.backing_errors,
+            load_errors: self.says.load_errors,
             epochs: self.background.status.epochs,
             regions: core.ring().open_seq().0 - self.first_region,
         }

@@ -147,6 +147,9 @@ impl World {
 
     fn life(&mut self) -> Result<(), Stop> {
         self.open()?;
+        if self.faulty > 0 {
+            lock(&self.ctl).faults.stage_read = self.aims.pick(&[0, 0, 200, 900]);
+        }
         let script: Vec<Do> = self.options.script.into_iter().flatten().collect();
         if script.is_empty() && self.rng.chance(700) {
             self.verify_through_doors()?;
@@ -232,7 +235,7 @@ impl World {
             if self.faulty > 0 && attempt < 4 && self.rng.chance(300) {
                 let rate = self.rng.pick(&[3, 20]);
                 lock(&self.ctl).faults =
-                    Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate };
+                    Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate, stage_read: 0 };
             }
             let faults_before = lock(&self.ctl).faults_injected;
             let opened = self.open_once(self.loss_accepted);
@@ -360,6 +363,7 @@ impl World {
             backing_write: self.rng.pick(most),
             stage_write: self.rng.pick(most),
             sync: self.rng.pick(most),
+            stage_read: self.aims.pick(most),
         };
         lock(&self.ctl).faults = faults;
     }
