@@ -73,7 +73,7 @@ pub struct Control {
     pub faults: Faults,
     /// Faults injected so far.
     pub faults_injected: u64,
-    /// Sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
+    /// Changed sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
     pub subset: Option<u64>,
     /// Sectors that a power cut found unflushed, and of them those that kept nothing, got parts, or garbage.
     pub sectors: [u64; 4],
@@ -368,9 +368,15 @@ impl SimDisk {
         for (at, candidates) in versions {
             let from = at as usize * sector;
             let kept = &mut state.persistent[from..from + sector];
+            let newest = candidates.last().expect("a version");
             if let Some(subset) = &mut lock(&self.ctl).subset {
+                // Kept or lost, a sector that did not change is the same.
+                if newest == kept {
+                    counts[0] -= 1;
+                    continue;
+                }
                 if *subset & 1 == 1 {
-                    kept.copy_from_slice(candidates.last().expect("a version"));
+                    kept.copy_from_slice(newest);
                 } else {
                     counts[1] += 1;
                 }

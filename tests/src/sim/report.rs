@@ -64,8 +64,10 @@ pub struct Report {
     pub steps: u64,
     /// Steps until the first server ended.
     pub first_life: u64,
-    /// Unflushed sectors that the first server's end met, if that was a power cut.
+    /// Unflushed sectors that the first server's end met, if that was a power cut; of a script, those that had changed.
     pub first_cut: u64,
+    /// Hash of all events until then.
+    pub first_trace: u64,
     /// Servers that began to open the stage.
     pub opens: u64,
     /// Kills, kills without arena, power cuts.

@@ -93,6 +93,9 @@ impl World {
             match ended {
                 Ok(()) => self.last_crash = None,
                 Err(Stop::Crash) => {
+                    if life == 0 {
+                        self.report.first_trace = lock(&self.ctl).trace;
+                    }
                     self.crash(plan.kind);
                     if life == 0 {
                         self.report.first_cut = lock(&self.ctl).sectors[0];
