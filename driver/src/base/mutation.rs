@@ -61,6 +61,7 @@ pub enum Mutation {
     WrongBackingIsAccepted,
     // status and pace
     BackingErrorIsHidden,
+    FlushHidesUnreadableRegions,
     ErrorStaysInStatus,
     RetriesDoNotPause,
 }
@@ -118,6 +119,7 @@ pub const ALL: &[Mutation] = &[
     Mutation::OldStageIsAccepted,
     Mutation::WrongBackingIsAccepted,
     Mutation::BackingErrorIsHidden,
+    Mutation::FlushHidesUnreadableRegions,
     Mutation::ErrorStaysInStatus,
     Mutation::RetriesDoNotPause,
 ];

@@ -532,6 +532,9 @@ impl Background {
             self.status.backing_problem = None;
             self.status.flush_problem = None;
         }
+        if is(Mutation::FlushHidesUnreadableRegions) {
+            self.status.load_problem = None;
+        }
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
         let head = self.checkpoint.head.seq;
