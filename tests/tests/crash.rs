@@ -150,7 +150,8 @@ fn every_step() {
 }
 
 /// The power cuts of a script: every step, and every subset of what is unflushed then. Of two scripts that met the same events
-/// up to a step the same is on the disks, and nothing else is left of them after the cut: `met` holds those that had their turn.
+/// up to a step the same is on the disks, and nothing else is left of them after the cut: `met` holds those that had their
+/// turn.
 fn cuts_of(options: Options, met: &Mutex<HashSet<(u64, u64)>>) -> Vec<Options> {
     let mut cuts = Vec::new();
     for step in 1..first_life(options) {

@@ -347,14 +347,7 @@ impl SimDisk {
         let mut state = self.state();
         let state = &mut *state;
         let sector = self.sector as usize;
-        let by_chance = match rng.below(8) {
-            0 => (1000, 0, 0),
-            1 => (0, 0, 0),
-            2 => (500, 0, 0),
-            3 => (100, 300, 300),
-            _ => (rng.below(1001), rng.below(300), rng.below(200)),
-        };
-        let (lost, torn, garbage) = lock(&self.ctl).cut.unwrap_or(by_chance);
+        let (lost, torn, garbage) = lock(&self.ctl).cut.unwrap_or(cut_by_chance(rng));
         let mut versions: BTreeMap<u64, Vec<Vec<u8>>> = BTreeMap::new();
         for (&at, pending) in &state.unflushed {
             versions.entry(at).or_default().extend(pending.iter().map(|v| v.bytes.clone()));
@@ -455,6 +448,17 @@ impl SimDisk {
         let mut bytes = self.visible(from, (to - from) as usize);
         bytes[(offset - from) as usize..][..data.len()].copy_from_slice(data);
         (from, bytes)
+    }
+}
+
+/// How many unflushed sectors a power cut loses, tears and turns to garbage, in a thousand.
+fn cut_by_chance(rng: &mut Rng) -> (u64, u64, u64) {
+    match rng.below(8) {
+        0 => (1000, 0, 0),
+        1 => (0, 0, 0),
+        2 => (500, 0, 0),
+        3 => (100, 300, 300),
+        _ => (rng.below(1001), rng.below(300), rng.below(200)),
     }
 }
 
