@@ -32,6 +32,7 @@
 
 pub mod client;
 pub mod gate;
+pub mod local;
 pub mod log;
 #[cfg(any(test, feature = "samples"))]
 pub mod memory_store;

@@ -16,6 +16,9 @@
 //! Ownership: a session belongs to one thread. What the client can write to is read through [`SharedMap`], each word once,
 //! and compared with counters that only this side has.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};

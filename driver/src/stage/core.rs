@@ -21,6 +21,8 @@
 //! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::commit::Committer;
 use super::index::{Extent, Index, Source};
@@ -147,9 +149,31 @@ pub struct Counters {
     pub log_errors: u64,
 }
 
+/// How far the stage is, for those who do not hold the core. What it says is true; by the time it is read more may be.
+#[derive(Debug)]
+pub struct Marks {
+    published: AtomicU64,
+    durable: AtomicU64,
+}
+
+impl Marks {
+    /// Everything up to here is published without a gap, and reads that begin now see it.
+    #[must_use]
+    pub fn published(&self) -> Lsn {
+        Lsn(self.published.load(Ordering::Acquire))
+    }
+
+    /// Everything up to here is durable on the log device.
+    #[must_use]
+    pub fn durable(&self) -> Lsn {
+        Lsn(self.durable.load(Ordering::Acquire))
+    }
+}
+
 /// The core.
 #[derive(Debug)]
 pub struct Core {
+    marks: Arc<Marks>,
     pub(super) ring: Ring,
     window: Window<Published>,
     pub(super) committer: Committer,
@@ -200,7 +224,9 @@ impl Core {
         let mut allocated = vec![start.allocated; region_count as usize];
         allocated[start.ring.open_seq().slot(region_count) as usize] = true;
         let head = start.ring.regions().next().expect("an open region").start.seq;
+        let marks = Marks { published: (next.0 - 1).into(), durable: start.durable.0.into() };
         Core {
+            marks: Arc::new(marks),
             allocated,
             window: Window::new(next),
             committer: Committer::new(start.durable),
@@ -220,6 +246,12 @@ impl Core {
             counters: Counters::default(),
             ring: start.ring,
         }
+    }
+
+    /// How far the stage is, to be looked at without the core.
+    #[must_use]
+    pub fn marks(&self) -> Arc<Marks> {
+        self.marks.clone()
     }
 
     /// Moves the outcomes gathered so far to the end of `into`.
@@ -303,6 +335,7 @@ impl Core {
         while let Some(published) = self.window.advance() {
             self.accept(published);
         }
+        self.marks.published.store(self.published().0, Ordering::Release);
     }
 
     fn accept(&mut self, published: Published) {
@@ -361,6 +394,7 @@ impl Core {
             self.ring.region_mut(group.region).expect("P1: a region lives until it is flushed").durable_end =
                 group.end;
             let durable = self.durable();
+            self.marks.durable.store(durable.0, Ordering::Release);
             while let Some(wait) = self.durable_waits.front().copied().filter(|w| w.lsn <= durable) {
                 self.durable_waits.pop_front();
                 let (door, tag) = (wait.ack.door, wait.ack.tag);

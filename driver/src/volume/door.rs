@@ -151,8 +151,14 @@ impl VolumeDoor {
     /// Everything up to the first is accepted, up to the second durable.
     #[must_use]
     pub fn progress(&self) -> (Lsn, Lsn) {
-        let core = self.shared.core.lock();
-        (core.published(), core.durable())
+        let marks = &self.shared.marks;
+        (marks.published(), marks.durable())
+    }
+
+    /// Longest transfer in bytes.
+    #[must_use]
+    pub fn request_bytes_max(&self) -> u32 {
+        self.shared.geometry.payload_bytes_max()
     }
 
     /// Size of the volume now.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::door::VolumeDoor;
 use super::engine::Engine;
 use super::request::{Door, DoorIo, Request, RequestKind, Wake};
-use crate::base::{Error, ErrorKind, Result, VolumeId};
+use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
 use crate::io::uring::{Event, Reactor};
 use crate::io::{Errno, Op};
 
@@ -19,6 +19,7 @@ const RING: u32 = 256;
 struct Slot {
     data: Vec<u8>,
     result: Option<std::result::Result<(), Errno>>,
+    place: Option<Lsn>,
 }
 
 struct LocalIo {
@@ -44,9 +45,52 @@ impl DoorIo for LocalIo {
         Ok(())
     }
 
+    fn placed(&mut self, tag: u32, lsn: Lsn) {
+        self.slots[tag as usize].place = Some(lsn);
+    }
+
     fn complete(&mut self, tag: u32, result: std::result::Result<(), Errno>) {
         self.slots[tag as usize].result = Some(result);
         self.completed.push(tag);
+    }
+}
+
+/// The same while a request is handed over whose payload is lent for that time only.
+struct Lending<'a> {
+    io: &'a mut LocalIo,
+    tag: u32,
+    parts: &'a [&'a [u8]],
+}
+
+impl DoorIo for Lending<'_> {
+    fn submit(&mut self, op: Op) {
+        self.io.submit(op);
+    }
+
+    fn fetch(&mut self, tag: u32, offset: u32, into: &mut [u8]) -> std::result::Result<(), Errno> {
+        if tag != self.tag {
+            return self.io.fetch(tag, offset, into);
+        }
+        assert!(offset == 0, "a payload is fetched whole");
+        let mut rest = into;
+        for part in self.parts {
+            let (now, later) = rest.split_at_mut(part.len());
+            now.copy_from_slice(part);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> std::result::Result<(), Errno> {
+        self.io.deliver(tag, offset, from)
+    }
+
+    fn placed(&mut self, tag: u32, lsn: Lsn) {
+        self.io.placed(tag, lsn);
+    }
+
+    fn complete(&mut self, tag: u32, result: std::result::Result<(), Errno>) {
+        self.io.complete(tag, result);
     }
 }
 
@@ -59,6 +103,8 @@ pub struct Completed {
     pub result: std::result::Result<(), Errno>,
     /// The memory it was submitted with; filled for reads.
     pub data: Vec<u8>,
+    /// Its place in the order, if it is a change that got one.
+    pub place: Option<Lsn>,
 }
 
 /// A client in the engine's process. Stays on the thread that made it.
@@ -85,8 +131,46 @@ impl LocalClient {
     pub fn submit(&mut self, request: Request, data: Vec<u8>) {
         let transfers = matches!(request.kind, RequestKind::Read | RequestKind::Write);
         assert!(!transfers || data.len() as u64 == request.len, "memory of the request's length");
-        self.io.slots[request.tag as usize] = Slot { data, result: None };
+        self.io.slots[request.tag as usize] = Slot { data, result: None, place: None };
         self.door.request(request, &mut self.io);
+    }
+
+    /// Starts a change with the payload `parts`, one after the other; `spare` is memory for them if they have to wait. The
+    /// place that it got, if it got one at once.
+    pub fn submit_parts(&mut self, request: Request, parts: &[&[u8]], spare: Vec<u8>) -> Option<Lsn> {
+        let tag = request.tag;
+        self.io.slots[tag as usize] = Slot { data: spare, result: None, place: None };
+        self.door.request(request, &mut Lending { io: &mut self.io, tag, parts });
+        let slot = &mut self.io.slots[tag as usize];
+        if slot.place.is_none() {
+            slot.data.clear();
+            parts.iter().for_each(|part| slot.data.extend_from_slice(part));
+        }
+        slot.place
+    }
+
+    /// The place of a change in flight.
+    #[must_use]
+    pub fn place_of(&self, tag: u32) -> Option<Lsn> {
+        self.io.slots[tag as usize].place
+    }
+
+    /// Everything up to the first is accepted, up to the second durable.
+    #[must_use]
+    pub fn progress(&self) -> (Lsn, Lsn) {
+        self.door.progress()
+    }
+
+    /// Size of the volume now.
+    #[must_use]
+    pub fn volume_bytes(&self) -> u64 {
+        self.door.volume_bytes()
+    }
+
+    /// Longest request in bytes.
+    #[must_use]
+    pub fn write_bytes_max(&self) -> u32 {
+        self.door.request_bytes_max()
     }
 
     /// Ends the batch of requests submitted so far, without waiting.
@@ -102,6 +186,7 @@ impl LocalClient {
             tag,
             result: slot.result.expect("a completed request has a result"),
             data: slot.data,
+            place: slot.place,
         })
     }
 

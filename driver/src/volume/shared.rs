@@ -18,7 +18,7 @@ use crate::format::geometry::Geometry;
 use crate::format::group::{GROUP_HEADER_BYTES, Group};
 use crate::io::{Memory, Op, OpKind, Target, Token};
 use crate::stage::arena::Arena;
-use crate::stage::core::{Core, DoorId, Outcome};
+use crate::stage::core::{Core, DoorId, Marks, Outcome};
 use crate::stage::ring::ClosedGroup;
 use crate::stage::walk::{Rules, digest_of};
 
@@ -60,6 +60,8 @@ impl Mailbox {
 pub struct Shared {
     /// Decisions.
     pub core: Mutex<Core>,
+    /// How far the core is.
+    pub marks: Arc<Marks>,
     /// Regions in memory.
     pub arena: Arc<Arena>,
     /// Map of the stage device.
@@ -86,6 +88,7 @@ impl Shared {
     ) -> Shared {
         Shared {
             geometry: *core.ring().geometry(),
+            marks: core.marks(),
             core: Mutex::new(core),
             arena,
             rules,
