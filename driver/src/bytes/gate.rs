@@ -4,10 +4,14 @@
 //! Who may come in: root, the user that the server runs as, and whoever is on the volume's list. The kernel says who a
 //! client is. Without a list the socket itself is closed to others.
 //!
+//! A session begins when the sessions of clients that were gone by then are over. What such a client had submitted is still
+//! carried out; whoever comes after it (the same program, started again) looks at the volume and must not find it changed
+//! behind its back.
+//!
 //! Ownership: one thread accepts; sessions are entered and removed under `sessions`. [`Gate::close`] ends them all and
 //! waits for their threads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -19,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::serve::{self, Setup};
 use super::ties::Ties;
@@ -80,6 +84,8 @@ struct Inside {
     access: Access,
     stop: AtomicBool,
     sessions: Mutex<BTreeMap<u64, Entry>>,
+    /// A session was removed.
+    ended: Condvar,
 }
 
 /// An open gate.
@@ -112,6 +118,7 @@ impl Gate {
             access,
             stop: AtomicBool::new(false),
             sessions: Mutex::default(),
+            ended: Condvar::new(),
         });
         let thread = {
             let inside = inside.clone();
@@ -252,17 +259,29 @@ impl Inside {
             return refuse(libc::EAGAIN, &format!("the volume has {SESSIONS_MAX} sessions: close one first"));
         }
         let info = SessionInfo { pid: peer.pid, uid: peer.uid };
+        let gone: BTreeSet<u64> =
+            sessions.iter().filter(|(_, entry)| is_gone(&entry.stream)).map(|(number, _)| *number).collect();
         let inside = self.clone();
         let spawned = std::thread::Builder::new().name("byte-session".into()).spawn(move || {
             let enter = |wake| inside.enter(number, wake);
+            inside.wait_for_the_end_of(&gone);
             serve::run(&setup, &stream, &inside.stop, enter);
             inside.sessions.lock().remove(&number);
+            inside.ended.notify_all();
         });
         match spawned {
             Ok(thread) => {
                 sessions.insert(number, Entry { info, wake: None, stream: shared, thread: Some(thread) });
             }
             Err(e) => serve::refuse(&shared, libc::EAGAIN, &format!("the server cannot start a thread: {e}")),
+        }
+    }
+
+    /// Each of them waits only for older ones, so this comes to an end when their requests do.
+    fn wait_for_the_end_of(&self, gone: &BTreeSet<u64>) {
+        let mut sessions = self.sessions.lock();
+        while gone.iter().any(|number| sessions.contains_key(number)) {
+            self.ended.wait(&mut sessions);
         }
     }
 
@@ -274,4 +293,12 @@ impl Inside {
             wake.wake();
         }
     }
+}
+
+/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
+/// told of its death.
+fn is_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
