@@ -5,11 +5,17 @@ PREFIX ?= /usr/local
 SEEDS ?= 2000
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
+VERSION := $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: run test ci sim mutations fuzz coverage bench lint fmt doc install tools-release
+.PHONY: run test ci sim mutations fuzz coverage bench lint fmt doc install lib tools-release
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
+
+# The C library: target/release/libtidegate.so and libtidegate.a.
+lib:
+	$(CARGO) build --release -p tidegate-ffi
+	ffi/link $${CARGO_TARGET_DIR:-target}/release
 
 # The main job, shown: on this kernel if it has ublk, else in the test machine.
 run: tools-release
@@ -52,8 +58,9 @@ fmt:
 doc:
 	$(CARGO) doc --workspace --no-deps
 	TIDEGATE_UPDATE_DOCS=1 $(CARGO) test -p tidegate-driver --test formats_doc
+	TIDEGATE_UPDATE_HEADER=1 $(CARGO) test -p tidegate-ffi --test header
 
-install: tools-release
+install: tools-release lib
 	install -D -m 0755 target/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
 	install -D -m 0644 tools/packaging/tidegate@.service $(DESTDIR)/usr/lib/systemd/system/tidegate@.service
 	install -d $(DESTDIR)/usr/lib/udev/rules.d
@@ -63,6 +70,16 @@ install: tools-release
 	install -D -m 0644 tools/packaging/tidegate.conf $(DESTDIR)/usr/lib/modules-load.d/tidegate.conf
 	install -d $(DESTDIR)/usr/share/bash-completion/completions
 	target/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate
+	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	install -m 0644 target/release/libtidegate.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 0755 target/release/libtidegate.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/
+	ln -sf libtidegate.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libtidegate.so.0
+	ln -sf libtidegate.so.0 $(DESTDIR)$(PREFIX)/lib/libtidegate.so
+	install -D -m 0644 ffi/include/tidegate.h $(DESTDIR)$(PREFIX)/include/tidegate.h
+	sed 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|' ffi/tidegate.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/tidegate.pc
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/pkgconfig/tidegate.pc
+	install -D -m 0644 ffi/man/libtidegate.3 $(DESTDIR)$(PREFIX)/share/man/man3/tidegate.3
 	@# On this machine, and not into a package: have what runs read what is new.
 	if [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	if [ -z "$(DESTDIR)" ] && command -v ldconfig > /dev/null; then ldconfig; fi
 	if [ -z "$(DESTDIR)" ] && command -v udevadm > /dev/null; then udevadm control --reload || true; fi

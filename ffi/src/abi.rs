@@ -85,7 +85,7 @@ pub struct tg_completion {
 /// It may make every call of this library, tg_close() of its own session included; while it waits in one (tg_flush() for
 /// example) no other completion is handed over. The last call for a session whose server is gone has the ticket 0 and a
 /// negative `result`. `completion` is valid during the call only.
-pub type tg_callback = Option<unsafe extern "C" fn(context: *mut c_void, completion: *const tg_completion)>;
+pub type tg_callback = Option<extern "C" fn(context: *mut c_void, completion: *const tg_completion)>;
 
 /// What tg_open() may be told. Set it to zero, then `size`, then what you want: later versions have more fields.
 #[repr(C)]

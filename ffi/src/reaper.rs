@@ -84,8 +84,7 @@ fn run(session: &Session, callback: Callback) {
 impl Callback {
     fn hand(&self, completion: &tg_completion) {
         if let Some(call) = self.call {
-            // SAFETY: the program gave the function for this; the completion is there until it returns.
-            unsafe { call(self.context, completion) }
+            call(self.context, completion);
         }
     }
 }

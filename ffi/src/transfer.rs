@@ -171,7 +171,8 @@ pub unsafe extern "C" fn tg_write_zeroes(
     })
 }
 
-/// Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is written.
+/// Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tg_discard(
     device: *mut tg_device,

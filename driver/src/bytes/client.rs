@@ -6,20 +6,24 @@
 mod connect;
 mod rings;
 mod space;
+mod store;
 mod wait;
+mod watch;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
 use self::wait::Waiting;
-use super::{ByteStore, Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
+use self::watch::Watch;
+use super::{Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
 use crate::format::byte_ring::{ACCEPTED, DURABLE_UP_TO, RingLayout, VOLUME_BYTES};
 use crate::format::volume_entry::AckLevel;
 use crate::io::SharedMap;
@@ -44,13 +48,9 @@ pub struct Device {
     submitter: Mutex<Submitter>,
     reaper: Mutex<Reaper>,
     heap: Mutex<Heap>,
-    /// A slot for reads came back.
-    slot_back: Condvar,
     waiting: Waiting,
+    watch: Watch,
 }
-
-/// Slots of reads that were given up come back with their completions, for which a thread that waits for a slot looks itself.
-const SLOT_PATIENCE: Duration = Duration::from_millis(100);
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     // One too far to be told is none.
@@ -63,13 +63,16 @@ impl Device {
         let Connected { socket, memory, layout, session, mut info } =
             connect::connect(target, options.depth, options.arena_bytes)?;
         let parts = Parts::of(layout.arena_bytes);
+        let watch = Watch::new(&socket).map_err(|e| {
+            Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
+        })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
-            slot_back: Condvar::new(),
             waiting: Waiting::new(socket),
+            watch,
             memory,
             layout,
             session,
@@ -153,6 +156,7 @@ impl Device {
         if !submitter.has_room(&self.memory, &self.layout, batch.len()) {
             drop(submitter);
             self.waiting.listen();
+            self.attend();
             return Err(self.waiting.gone().cloned().unwrap_or_else(|| {
                 Failure::new(libc::EAGAIN, "the submission ring is full: take completions, then try again")
             }));
@@ -172,19 +176,40 @@ impl Device {
     }
 
     fn collect(&self) {
-        let submitted = || self.submitter.lock().tail;
-        let tail = submitted();
+        self.collect_and(|_| ());
+    }
+
+    /// Takes what is in the completion ring, then does this with it.
+    fn collect_and<T>(&self, then: impl FnOnce(&mut Reaper) -> T) -> T {
+        let tail = self.submitter.lock().tail;
         let mut reaper = self.reaper.lock();
         let wake = reaper.collect(&self.memory, &self.layout, || tail);
         let slots = std::mem::take(&mut reaper.slots);
+        let outcome = then(&mut reaper);
+        self.watch.tell(!reaper.ready.is_empty());
         drop(reaper);
         if !slots.is_empty() {
             let mut heap = self.heap.lock();
             slots.into_iter().for_each(|slot| heap.give_slot(slot));
-            self.slot_back.notify_all();
         }
         if wake {
             self.waiting.ring();
+        }
+        outcome
+    }
+
+    /// Waits; see [`Waiting::until`].
+    fn until<T>(&self, deadline: Option<Instant>, done: impl FnMut() -> Option<T>) -> Result<Option<T>> {
+        let outcome = self.waiting.until(&self.memory, deadline, done);
+        self.attend();
+        outcome
+    }
+
+    /// After bytes of the server's were taken: the program that polls must not miss what comes next.
+    fn attend(&self) {
+        if self.watch.is_on() {
+            self.waiting.announce(&self.memory);
+            self.collect();
         }
     }
 
@@ -194,12 +219,13 @@ impl Device {
             return Ok(0);
         }
         let take = |into: &mut [Completion]| {
-            self.collect();
-            let mut reaper = self.reaper.lock();
-            let count = reaper.ready.len().min(into.len());
-            for (place, completion) in into.iter_mut().zip(reaper.ready.drain(..count)) {
-                *place = completion;
-            }
+            let count = self.collect_and(|reaper| {
+                let count = reaper.ready.len().min(into.len());
+                for (place, completion) in into.iter_mut().zip(reaper.ready.drain(..count)) {
+                    *place = completion;
+                }
+                count
+            });
             (count > 0).then_some(count)
         };
         if let Some(count) = take(into) {
@@ -215,14 +241,16 @@ impl Device {
                 (None, Some(gone)) => Err(gone.clone()),
             };
         }
-        let taken = self.waiting.until(&self.memory, deadline_of(timeout), || take(into))?;
+        let taken = self.until(deadline_of(timeout), || take(into))?;
         Ok(taken.unwrap_or(0))
     }
 
     /// Readable when there may be completions or the server is gone, from a `reap` that gave nothing on.
     #[must_use]
     pub fn event_fd(&self) -> BorrowedFd<'_> {
-        self.waiting.socket().as_fd()
+        self.watch.start();
+        self.attend();
+        self.watch.fd()
     }
 
     /// Every change up to this ticket is accepted.
@@ -254,7 +282,7 @@ impl Device {
                     self.collect();
                     is_durable().or_else(|| self.reaper.lock().failed.map(drop))
                 };
-                self.waiting.until(&self.memory, deadline, done)?.map(|()| 0)
+                self.until(deadline, done)?.map(|()| 0)
             }
             AckLevel::Memory if is_durable().is_some() => Some(0),
             AckLevel::Memory => {
@@ -330,14 +358,19 @@ impl Device {
         if let Some(gone) = self.waiting.gone() {
             return Err(gone.clone());
         }
-        self.waiting.until(&self.memory, deadline, || {
+        self.until(deadline, || {
             let mut submitter = self.submitter.lock();
             if !submitter.has_room(&self.memory, &self.layout, 1) {
                 drop(submitter);
                 self.collect();
                 return None;
             }
-            let arena_offset = place(&mut submitter)?;
+            let Some(arena_offset) = place(&mut submitter) else {
+                // The server may be waiting for room for completions.
+                drop(submitter);
+                self.collect();
+                return None;
+            };
             let sequence = submitter.tail + 1;
             if let Some(own) = own {
                 self.reaper.lock().own.insert(sequence, own);
@@ -364,7 +397,7 @@ impl Device {
                 _ => None,
             }
         };
-        let outcome = self.waiting.until(&self.memory, deadline, done);
+        let outcome = self.until(deadline, done);
         if !matches!(outcome, Ok(Some(_))) {
             let mut reaper = self.reaper.lock();
             if reaper.own.remove(&sequence) == Some(Own::Awaited) {
@@ -421,95 +454,107 @@ impl Device {
     }
 
     /// Reads. More than 64 KiB at once is read in parts.
-    pub fn read(&self, offset: u64, mut into: &mut [u8]) -> Result<()> {
-        let slot_bytes = self.parts.read_slot as usize;
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let mut begun = VecDeque::new();
+        let outcome = self.read_parts(offset, into, &mut begun);
+        if outcome.is_err() {
+            self.abandon_reads(begun);
+        }
+        outcome
+    }
+
+    fn read_parts<'a>(
+        &self,
+        offset: u64,
+        into: &'a mut [u8],
+        begun: &mut VecDeque<BegunRead<'a>>,
+    ) -> Result<()> {
         let mut at = offset;
-        while !into.is_empty() {
-            // Whoever has slots waits for no other: all might have some, and wait for ever.
-            let slots = self.take_slots(into.len().div_ceil(slot_bytes))?;
-            let (now, later) = into.split_at_mut(into.len().min(slots.len() * slot_bytes));
-            into = later;
-            let mut reads = Vec::with_capacity(slots.len());
-            for (i, (slot, part)) in slots.iter().zip(now.chunks(slot_bytes)).enumerate() {
-                match self.begin_read(at, part.len(), *slot) {
-                    Ok(read) => reads.push(read),
-                    Err(e) => {
-                        slots[i..].iter().for_each(|slot| self.give_slot(*slot));
-                        self.abandon_reads(&reads);
-                        return Err(e);
-                    }
-                }
-                at += part.len() as u64;
-            }
-            self.end_reads(&reads, now.chunks_mut(slot_bytes))?;
+        for part in into.chunks_mut(self.parts.read_slot as usize) {
+            let slot = self.slot_for(begun)?;
+            let len = part.len() as u64;
+            begun.push_back(self.begin_read(at, slot, part)?);
+            at = at.wrapping_add(len);
+        }
+        while let Some(read) = begun.pop_front() {
+            self.end_read(read)?;
         }
         Ok(())
     }
 
-    /// Up to `want` slots: as many as are free, or the first that comes back.
-    fn take_slots(&self, want: usize) -> Result<Vec<u32>> {
+    /// A slot for a read. Waits for one of another thread's only when this one has none: threads that each had some and
+    /// waited for more would wait for ever.
+    fn slot_for(&self, begun: &mut VecDeque<BegunRead<'_>>) -> Result<u32> {
         loop {
-            let mut heap = self.heap.lock();
-            let slots: Vec<u32> = std::iter::from_fn(|| heap.take_slot()).take(want).collect();
-            if !slots.is_empty() {
-                return Ok(slots);
-            }
-            if let Some(gone) = self.waiting.gone() {
-                return Err(gone.clone());
-            }
-            // Not at the socket: the server sends nothing when another thread gives a slot back.
-            let timed_out = self.slot_back.wait_for(&mut heap, SLOT_PATIENCE).timed_out();
-            drop(heap);
-            if timed_out {
-                self.collect();
+            let free = self.heap.lock().take_slot();
+            match (free, begun.pop_front()) {
+                (Some(slot), oldest) => {
+                    oldest.into_iter().for_each(|read| begun.push_front(read));
+                    return Ok(slot);
+                }
+                (None, Some(oldest)) => self.end_read(oldest)?,
+                (None, None) => break,
             }
         }
+        let take = || {
+            // Those of abandoned reads come back with their completions.
+            self.collect();
+            self.heap.lock().take_slot()
+        };
+        Ok(self.until(None, take)?.expect("without a deadline"))
     }
 
-    /// Sequence and slot of a read of one slot's bytes or fewer.
-    fn begin_read(&self, offset: u64, len: usize, slot: u32) -> Result<(u64, u32)> {
+    /// Begins a read of one slot's bytes or fewer.
+    fn begin_read<'a>(&self, offset: u64, slot: u32, part: &'a mut [u8]) -> Result<BegunRead<'a>> {
         let submission = Submission {
             operation: Operation::Read as u8,
             offset,
-            len: len as u64,
+            len: part.len() as u64,
             cookie: OWN_COOKIE,
             ..Submission::default()
         };
-        let sequence = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot))?;
-        Ok((sequence.expect("without a deadline"), slot))
+        match self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot)) {
+            Ok(sequence) => Ok(BegunRead { sequence: sequence.expect("without a deadline"), slot, part }),
+            Err(e) => {
+                self.give_slot(slot);
+                Err(e)
+            }
+        }
     }
 
     fn give_slot(&self, slot: u32) {
         self.heap.lock().give_slot(slot);
-        self.slot_back.notify_one();
+        self.waiting.notify();
     }
 
-    fn end_reads<'a>(&self, reads: &[(u64, u32)], parts: impl Iterator<Item = &'a mut [u8]>) -> Result<()> {
-        for (i, ((sequence, slot), part)) in reads.iter().zip(parts).enumerate() {
-            let outcome = self.finished(*sequence, None).and_then(|completion| {
-                let completion = completion.expect("without a deadline");
-                check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
-                self.get(*slot, part)
-            });
-            self.give_slot(*slot);
-            if let Err(e) = outcome {
-                self.abandon_reads(&reads[i + 1..]);
-                return Err(e);
-            }
-        }
-        Ok(())
+    fn end_read(&self, read: BegunRead<'_>) -> Result<()> {
+        let outcome = self.finished(read.sequence, None).and_then(|completion| {
+            let completion = completion.expect("without a deadline");
+            check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
+            self.get(read.slot, read.part)
+        });
+        self.give_slot(read.slot);
+        outcome
     }
 
     /// Their slots come back with their completions.
-    fn abandon_reads(&self, reads: &[(u64, u32)]) {
+    fn abandon_reads(&self, reads: VecDeque<BegunRead<'_>>) {
         let mut reaper = self.reaper.lock();
-        for (sequence, slot) in reads {
-            match reaper.own.remove(sequence) {
-                Some(Own::Done(_)) => reaper.slots.push(*slot),
-                _ => drop(reaper.own.insert(*sequence, Own::AbandonedRead(*slot))),
+        for BegunRead { sequence, slot, .. } in reads {
+            match reaper.own.remove(&sequence) {
+                Some(Own::Done(_)) => reaper.slots.push(slot),
+                _ => drop(reaper.own.insert(sequence, Own::AbandonedRead(slot))),
             }
         }
     }
+}
+
+/// A part of a read that is under way.
+#[derive(Debug)]
+struct BegunRead<'a> {
+    sequence: u64,
+    slot: u32,
+    part: &'a mut [u8],
 }
 
 fn failure_of(result: i32, what: &str) -> Failure {
@@ -524,44 +569,4 @@ fn failure_of(result: i32, what: &str) -> Failure {
 
 fn check(completion: &Completion, what: impl Fn() -> String) -> Result<()> {
     if completion.result == 0 { Ok(()) } else { Err(failure_of(completion.result, &what())) }
-}
-
-impl ByteStore for &Device {
-    fn volume_bytes(&self) -> u64 {
-        self.info().volume_bytes
-    }
-
-    fn write_bytes_max(&self) -> u32 {
-        self.info.write_bytes_max
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        Device::read(self, offset, into)
-    }
-
-    fn write(&self, offset: u64, parts: &[&[u8]]) -> Result<Ticket> {
-        self.write_async(offset, parts, 0)
-    }
-
-    fn durable(&self) -> Ticket {
-        // Completions tell of a failure before the word does that passes it; so the word is looked at first.
-        let durable = Device::durable(self);
-        self.collect();
-        match self.reaper.lock().first_failed {
-            Some(failed) if failed.ticket <= durable => Ticket(failed.ticket.0 - 1),
-            _ => durable,
-        }
-    }
-
-    fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
-        Device::persist(self, ticket, timeout)?;
-        self.collect();
-        match self.reaper.lock().first_failed {
-            Some(failed) if failed.ticket <= ticket => Err(failure_of(
-                failed.result,
-                &format!("the write with ticket {:#x} failed", failed.ticket.0),
-            )),
-            _ => Ok(()),
-        }
-    }
 }

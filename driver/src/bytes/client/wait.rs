@@ -50,10 +50,6 @@ impl Waiting {
         }
     }
 
-    pub fn socket(&self) -> &UnixStream {
-        &self.socket
-    }
-
     /// Why the server is gone, if it is known to be.
     pub fn gone(&self) -> Option<&Failure> {
         self.gone.get()
