@@ -269,10 +269,46 @@ fn many_threads_share_a_session_and_many_sessions_a_volume() {
             });
         }
     });
+    // A session ends a moment after its client.
     while served.gates[0].sessions().len() > 1 {
         std::thread::yield_now();
     }
     shared.flush().unwrap();
+}
+
+#[test]
+fn long_reads_of_many_threads_share_the_slots() {
+    let served = Served::new(&[AckLevel::Memory]);
+    let device = served.device(0);
+    let bytes = pattern(7, 1 << 20);
+    device.write(0, &[&bytes], 0).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                for round in 0..40 {
+                    let mut back = vec![0; (1 << 20) - round * 1000];
+                    device.read(round as u64 * 1000, &mut back).unwrap();
+                    assert!(back == bytes[round * 1000..], "round {round}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_store_never_passes_a_write_that_failed() {
+    let served = Served::new(&[AckLevel::Log]);
+    let device = served.device(0);
+    let store = &device;
+    let before = ByteStore::write(&store, 0, &[b"a"]).unwrap();
+    let failed = ByteStore::write(&store, VOLUME_BYTES, &[b"b"]).unwrap();
+    let after = ByteStore::write(&store, 1, &[b"c"]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(errno_of(ByteStore::persist(&store, after, None)), libc::ERANGE);
+        assert_eq!(errno_of(ByteStore::persist(&store, failed, None)), libc::ERANGE);
+        assert_eq!(ByteStore::durable(&store), before);
+    }
+    ByteStore::persist(&store, before, None).unwrap();
 }
 
 #[test]

@@ -204,8 +204,8 @@ pub trait ByteStore {
     /// Writes `parts`, one after the other, as one atomic change, which comes after all changes that were begun before. The
     /// payload was taken over when this returns; it need not be accepted or durable.
     fn write(&self, offset: u64, parts: &[&[u8]]) -> Result<Ticket>;
-    /// Every change up to this ticket is durable.
+    /// Every change up to this ticket is durable. Stays before a change that failed.
     fn durable(&self) -> Ticket;
-    /// Waits until every change up to `ticket` is durable; `ETIMEDOUT`.
+    /// Waits until every change up to `ticket` is durable; `ETIMEDOUT`. Fails, every time, if one of them failed.
     fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()>;
 }

@@ -110,6 +110,8 @@ pub(super) struct Reaper {
     pub ready: VecDeque<Completion>,
     /// Failed writes that nobody waited for: the first one that was not told yet.
     pub failed: Option<Completion>,
+    /// The first of all of them, told or not.
+    pub first_failed: Option<Completion>,
     /// Slots for reads that came back.
     pub slots: Vec<u32>,
 }
@@ -156,6 +158,7 @@ impl Reaper {
             // A write that nobody waits for has a completion only if it failed.
             None => {
                 self.failed.get_or_insert(completion);
+                self.first_failed.get_or_insert(completion);
             }
         }
     }

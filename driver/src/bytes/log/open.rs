@@ -53,7 +53,7 @@ pub(super) fn find(store: &impl ByteStore, range: ByteRange, mode: OpenMode) -> 
             )),
         },
         Ok(None) => Err(Failure::new(
-            libc::EINVAL,
+            libc::EEXIST,
             format!("there is no log in the bytes {range}, but something else; formatting overwrites it"),
         )),
         Err(error) => Err(failure(range.start, &error)),

@@ -282,7 +282,7 @@ fn what_is_in_the_range_decides() {
     foreign[1080] = 0x53;
     let store = MemoryStore::new(foreign, 4096);
     for mode in [OpenMode::MustExist, OpenMode::CreateIfMissing] {
-        assert_eq!(errno(AppendLog::open(&store, ByteRange::at(0, 4096), mode)), libc::EINVAL);
+        assert_eq!(errno(AppendLog::open(&store, ByteRange::at(0, 4096), mode)), libc::EEXIST);
     }
     assert_eq!(store.writes(), 0);
     assert!(AppendLog::open(&store, ByteRange::at(0, 4096), OpenMode::Format).is_ok());
