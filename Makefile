@@ -3,6 +3,7 @@ SHELL := bash
 CARGO ?= cargo
 PREFIX ?= /usr/local
 SEEDS ?= 2000
+SCRIPT_LENGTH ?= 2
 FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 VERSION := $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
@@ -27,9 +28,10 @@ test:
 
 ci: lint test
 
-# Seeded crash simulation: SEEDS worlds and everything within bounds, or the one world of SEED=…. See docs/testing.md.
+# Seeded crash simulation: SEEDS worlds and everything within bounds (scripts of up to SCRIPT_LENGTH requests), or the one world
+# of SEED=…. See docs/testing.md.
 sim:
-	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
+	TIDEGATE_SEEDS=$(SEEDS) TIDEGATE_SEED=$(SEED) TIDEGATE_SCRIPT_LENGTH=$(SCRIPT_LENGTH) $(CARGO) test --release -p tidegate-tests --test crash -- --nocapture
 
 # Deliberate bugs in the engine, one at a time: the simulator must find each.
 mutations:

@@ -269,6 +269,7 @@ fn many_threads_share_a_session_and_many_sessions_a_volume() {
             });
         }
     });
+    // A session ends a moment after its client.
     while served.gates[0].sessions().len() > 1 {
         std::thread::yield_now();
     }

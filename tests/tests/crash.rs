@@ -4,12 +4,15 @@
 //! |---|---|
 //! | `TIDEGATE_SEEDS=N` | runs that many worlds instead of an ordinary number, from seed `TIDEGATE_FIRST` on |
 //! | `TIDEGATE_FRESH=seconds` | runs seeds that nobody has seen for so long |
-//! | `TIDEGATE_SCRIPT_LENGTH=N` | scripts of up to N requests in `everything_within_bounds` |
+//! | `TIDEGATE_SCRIPT_LENGTH=N` | scripts of up to N requests in `everything_within_bounds` instead of 2; at most 3 |
 //! | `TIDEGATE_SEED=S` | replays one (test `replay`) |
 //! | `TIDEGATE_CRASH=step,Kind,again` | makes it the short story with that crash |
 //! | `TIDEGATE_SCRIPT=Write,Flush,…`, `TIDEGATE_SUBSET=bits` | its requests, and the sectors that the power cut keeps |
 //! | `TIDEGATE_LOG=1` | prints its events |
 
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tidegate_tests::sim::runner::{Totals, Until, run_all};
@@ -20,8 +23,8 @@ use tidegate_tests::sim::{CrashAt, CrashKind, Options, Report, run};
 const SEEDS: u64 = 1000;
 /// Threads: worlds are independent.
 const THREADS: usize = 2;
-/// Unflushed sectors up to which every subset of them is tried.
-const SUBSET_SECTORS: u64 = 5;
+/// Changed unflushed sectors up to which every subset of them is tried.
+const SUBSET_SECTORS: u64 = 7;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok().filter(|text| !text.trim().is_empty())?;
@@ -74,6 +77,7 @@ fn worlds() {
         ("waits for space", report.sometimes.space_waits),
         ("log errors", report.sometimes.log_errors),
         ("backing errors", report.sometimes.backing_errors),
+        ("regions that could not be read", report.sometimes.load_errors),
         ("epochs", report.sometimes.epochs),
         ("wraps of the log", report.sometimes.regions / 8),
     ];
@@ -145,36 +149,56 @@ fn every_step() {
     finish("every step", run_all(count, THREADS, |i| stories[i as usize]));
 }
 
+/// The power cuts of a script: every step, and every subset of what is unflushed then. Of two scripts that met the same events
+/// up to a step the same is on the disks, and nothing else is left of them after the cut: `met` holds those that had their
+/// turn.
+fn cuts_of(options: Options, met: &Mutex<HashSet<(u64, u64)>>) -> Vec<Options> {
+    let mut cuts = Vec::new();
+    for step in 1..first_life(options) {
+        let short = Some(CrashAt { step, kind: CrashKind::Power, again: 0 });
+        let none_kept = run(Options { short, ..options }).unwrap_or_else(|failure| panic!("{failure}"));
+        if !met.lock().unwrap().insert((options.seed, none_kept.first_trace)) {
+            continue;
+        }
+        let cut = none_kept.first_cut;
+        // Of many sectors: each alone, all but each, all.
+        let subsets: Vec<u64> = if cut <= SUBSET_SECTORS {
+            (0..1 << cut).collect()
+        } else {
+            let all = (1 << cut.min(63)) - 1;
+            (0..cut.min(63)).flat_map(|bit| [1 << bit, all ^ (1 << bit)]).chain([0, all]).collect()
+        };
+        cuts.extend(subsets.into_iter().map(|subset| Options { short, subset: Some(subset), ..options }));
+    }
+    cuts
+}
+
 /// Every sequence of a few requests, a power cut at every step, and every subset of what was not flushed then.
 #[test]
 fn everything_within_bounds() {
     if is_replay() {
         return;
     }
-    let most = number("TIDEGATE_SCRIPT_LENGTH").unwrap_or(1) as usize;
-    let mut cuts = Vec::new();
-    for (i, script) in scripts(most).into_iter().enumerate() {
-        // Other block sizes and ack levels for each.
-        let options = Options { script, subset: Some(0), ..Options::long(1 + i as u64 % 16) };
-        for step in 1..first_life(options) {
-            let short = Some(CrashAt { step, kind: CrashKind::Power, again: 0 });
-            let cut =
-                run(Options { short, ..options }).unwrap_or_else(|failure| panic!("{failure}")).first_cut;
-            // Of many sectors: each alone, all but each, all.
-            let subsets: Vec<u64> = if cut <= SUBSET_SECTORS {
-                (0..1 << cut).collect()
-            } else {
-                let all = (1 << cut.min(63)) - 1;
-                (0..cut.min(63)).flat_map(|bit| [1 << bit, all ^ (1 << bit)]).chain([0, all]).collect()
-            };
-            cuts.extend(subsets.into_iter().map(|subset| Options { short, subset: Some(subset), ..options }));
+    let most = number("TIDEGATE_SCRIPT_LENGTH").unwrap_or(2) as usize;
+    let (met, next, cuts) = (Mutex::default(), AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let scripts = scripts(most);
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let at = || next.fetch_add(1, Ordering::Relaxed);
+                while let Some((i, &script)) = Some(at()).and_then(|i| Some((i, scripts.get(i)?))) {
+                    // Other block sizes and ack levels for each.
+                    let options = Options { script, subset: Some(0), ..Options::long(1 + i as u64 % 16) };
+                    let of_script = cuts_of(options, &met);
+                    cuts.lock().unwrap().extend(of_script);
+                }
+            });
         }
-    }
+    });
+    let cuts: Vec<Options> = cuts.into_inner().unwrap();
     let count = Until::Count(cuts.len() as u64);
-    finish(
-        &format!("every script of up to {most}, every step, every subset"),
-        run_all(count, THREADS, |i| cuts[i as usize]),
-    );
+    let what = format!("{} scripts of up to {most}, every step, every subset", scripts.len());
+    finish(&what, run_all(count, THREADS, |i| cuts[i as usize]));
 }
 
 /// The script that a text names.

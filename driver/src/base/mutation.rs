@@ -51,6 +51,7 @@ pub enum Mutation {
     PayloadIsNotChecked,
     GivenUpGroupsComeBack,
     RecoveryDoesNotSync,
+    CachedLabelIsTrusted,
     PatchesAreNotRestored,
     SuperblockCopiesAtOnce,
     DamageTakenForTheEnd,
@@ -60,6 +61,7 @@ pub enum Mutation {
     WrongBackingIsAccepted,
     // status and pace
     BackingErrorIsHidden,
+    FlushHidesUnreadableRegions,
     ErrorStaysInStatus,
     RetriesDoNotPause,
 }
@@ -108,6 +110,7 @@ pub const ALL: &[Mutation] = &[
     Mutation::PayloadIsNotChecked,
     Mutation::GivenUpGroupsComeBack,
     Mutation::RecoveryDoesNotSync,
+    Mutation::CachedLabelIsTrusted,
     Mutation::PatchesAreNotRestored,
     Mutation::SuperblockCopiesAtOnce,
     Mutation::DamageTakenForTheEnd,
@@ -116,6 +119,7 @@ pub const ALL: &[Mutation] = &[
     Mutation::OldStageIsAccepted,
     Mutation::WrongBackingIsAccepted,
     Mutation::BackingErrorIsHidden,
+    Mutation::FlushHidesUnreadableRegions,
     Mutation::ErrorStaysInStatus,
     Mutation::RetriesDoNotPause,
 ];

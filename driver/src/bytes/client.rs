@@ -10,12 +10,11 @@ mod store;
 mod wait;
 mod watch;
 
-use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
@@ -48,9 +47,14 @@ pub struct Device {
     submitter: Mutex<Submitter>,
     reaper: Mutex<Reaper>,
     heap: Mutex<Heap>,
+    /// A slot for reads came back.
+    slot_back: Condvar,
     waiting: Waiting,
     watch: Watch,
 }
+
+/// Slots of reads that were given up come back with their completions, for which a thread that waits for a slot looks itself.
+const SLOT_PATIENCE: Duration = Duration::from_millis(100);
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     // One too far to be told is none.
@@ -71,6 +75,7 @@ impl Device {
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
+            slot_back: Condvar::new(),
             waiting: Waiting::new(socket),
             watch,
             memory,
@@ -191,6 +196,7 @@ impl Device {
         if !slots.is_empty() {
             let mut heap = self.heap.lock();
             slots.into_iter().for_each(|slot| heap.give_slot(slot));
+            self.slot_back.notify_all();
         }
         if wake {
             self.waiting.ring();
@@ -454,107 +460,95 @@ impl Device {
     }
 
     /// Reads. More than 64 KiB at once is read in parts.
-    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        let mut begun = VecDeque::new();
-        let outcome = self.read_parts(offset, into, &mut begun);
-        if outcome.is_err() {
-            self.abandon_reads(begun);
-        }
-        outcome
-    }
-
-    fn read_parts<'a>(
-        &self,
-        offset: u64,
-        into: &'a mut [u8],
-        begun: &mut VecDeque<BegunRead<'a>>,
-    ) -> Result<()> {
+    pub fn read(&self, offset: u64, mut into: &mut [u8]) -> Result<()> {
+        let slot_bytes = self.parts.read_slot as usize;
         let mut at = offset;
-        for part in into.chunks_mut(self.parts.read_slot as usize) {
-            let slot = self.slot_for(begun)?;
-            let len = part.len() as u64;
-            begun.push_back(self.begin_read(at, slot, part)?);
-            at = at.wrapping_add(len);
-        }
-        while let Some(read) = begun.pop_front() {
-            self.end_read(read)?;
+        while !into.is_empty() {
+            // Whoever has slots waits for no other: all might have some, and wait for ever.
+            let slots = self.take_slots(into.len().div_ceil(slot_bytes))?;
+            let (now, later) = into.split_at_mut(into.len().min(slots.len() * slot_bytes));
+            into = later;
+            let mut reads = Vec::with_capacity(slots.len());
+            for (i, (slot, part)) in slots.iter().zip(now.chunks(slot_bytes)).enumerate() {
+                match self.begin_read(at, part.len(), *slot) {
+                    Ok(read) => reads.push(read),
+                    Err(e) => {
+                        slots[i..].iter().for_each(|slot| self.give_slot(*slot));
+                        self.abandon_reads(&reads);
+                        return Err(e);
+                    }
+                }
+                at += part.len() as u64;
+            }
+            self.end_reads(&reads, now.chunks_mut(slot_bytes))?;
         }
         Ok(())
     }
 
-    /// A slot for a read. Waits for one of another thread's only when this one has none: threads that each had some and
-    /// waited for more would wait for ever.
-    fn slot_for(&self, begun: &mut VecDeque<BegunRead<'_>>) -> Result<u32> {
+    /// Up to `want` slots: as many as are free, or the first that comes back.
+    fn take_slots(&self, want: usize) -> Result<Vec<u32>> {
         loop {
-            let free = self.heap.lock().take_slot();
-            match (free, begun.pop_front()) {
-                (Some(slot), oldest) => {
-                    oldest.into_iter().for_each(|read| begun.push_front(read));
-                    return Ok(slot);
-                }
-                (None, Some(oldest)) => self.end_read(oldest)?,
-                (None, None) => break,
+            let mut heap = self.heap.lock();
+            let slots: Vec<u32> = std::iter::from_fn(|| heap.take_slot()).take(want).collect();
+            if !slots.is_empty() {
+                return Ok(slots);
+            }
+            if let Some(gone) = self.waiting.gone() {
+                return Err(gone.clone());
+            }
+            // Not at the socket: the server sends nothing when another thread gives a slot back.
+            let timed_out = self.slot_back.wait_for(&mut heap, SLOT_PATIENCE).timed_out();
+            drop(heap);
+            if timed_out {
+                self.collect();
             }
         }
-        let take = || {
-            // Those of abandoned reads come back with their completions.
-            self.collect();
-            self.heap.lock().take_slot()
-        };
-        Ok(self.until(None, take)?.expect("without a deadline"))
     }
 
-    /// Begins a read of one slot's bytes or fewer.
-    fn begin_read<'a>(&self, offset: u64, slot: u32, part: &'a mut [u8]) -> Result<BegunRead<'a>> {
+    /// Sequence and slot of a read of one slot's bytes or fewer.
+    fn begin_read(&self, offset: u64, len: usize, slot: u32) -> Result<(u64, u32)> {
         let submission = Submission {
             operation: Operation::Read as u8,
             offset,
-            len: part.len() as u64,
+            len: len as u64,
             cookie: OWN_COOKIE,
             ..Submission::default()
         };
-        match self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot)) {
-            Ok(sequence) => Ok(BegunRead { sequence: sequence.expect("without a deadline"), slot, part }),
-            Err(e) => {
-                self.give_slot(slot);
-                Err(e)
-            }
-        }
+        let sequence = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot))?;
+        Ok((sequence.expect("without a deadline"), slot))
     }
 
     fn give_slot(&self, slot: u32) {
         self.heap.lock().give_slot(slot);
-        self.waiting.notify();
+        self.slot_back.notify_one();
     }
 
-    fn end_read(&self, read: BegunRead<'_>) -> Result<()> {
-        let outcome = self.finished(read.sequence, None).and_then(|completion| {
-            let completion = completion.expect("without a deadline");
-            check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
-            self.get(read.slot, read.part)
-        });
-        self.give_slot(read.slot);
-        outcome
+    fn end_reads<'a>(&self, reads: &[(u64, u32)], parts: impl Iterator<Item = &'a mut [u8]>) -> Result<()> {
+        for (i, ((sequence, slot), part)) in reads.iter().zip(parts).enumerate() {
+            let outcome = self.finished(*sequence, None).and_then(|completion| {
+                let completion = completion.expect("without a deadline");
+                check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
+                self.get(*slot, part)
+            });
+            self.give_slot(*slot);
+            if let Err(e) = outcome {
+                self.abandon_reads(&reads[i + 1..]);
+                return Err(e);
+            }
+        }
+        Ok(())
     }
 
     /// Their slots come back with their completions.
-    fn abandon_reads(&self, reads: VecDeque<BegunRead<'_>>) {
+    fn abandon_reads(&self, reads: &[(u64, u32)]) {
         let mut reaper = self.reaper.lock();
-        for BegunRead { sequence, slot, .. } in reads {
-            match reaper.own.remove(&sequence) {
-                Some(Own::Done(_)) => reaper.slots.push(slot),
-                _ => drop(reaper.own.insert(sequence, Own::AbandonedRead(slot))),
+        for (sequence, slot) in reads {
+            match reaper.own.remove(sequence) {
+                Some(Own::Done(_)) => reaper.slots.push(*slot),
+                _ => drop(reaper.own.insert(*sequence, Own::AbandonedRead(*slot))),
             }
         }
     }
-}
-
-/// A part of a read that is under way.
-#[derive(Debug)]
-struct BegunRead<'a> {
-    sequence: u64,
-    slot: u32,
-    part: &'a mut [u8],
 }
 
 fn failure_of(result: i32, what: &str) -> Failure {

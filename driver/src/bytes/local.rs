@@ -6,7 +6,6 @@
 //! others, so a program that has nothing to write for a while calls [`LocalDevice::persist`] first.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::{ByteStore, Failure, Result, Ticket};
@@ -35,8 +34,8 @@ struct Inner {
     last: Ticket,
     /// The change that waits for its place, and the place if it has completed meanwhile.
     awaited: Option<(u32, Option<Lsn>)>,
-    /// Changes that failed and of which that was not told yet.
-    failed: VecDeque<Errno>,
+    /// The first change that failed: from then on nothing is promised any more.
+    failed: Option<Errno>,
 }
 
 fn failure(e: &Error) -> Failure {
@@ -55,7 +54,7 @@ impl LocalDevice {
             since_turn: 0,
             last: Ticket::NONE,
             awaited: None,
-            failed: VecDeque::new(),
+            failed: None,
         };
         Ok(LocalDevice { inner: RefCell::new(inner) })
     }
@@ -97,7 +96,7 @@ impl Inner {
                 *place = done.place;
             }
             if let Err(errno) = done.result {
-                self.failed.push_back(errno);
+                self.failed.get_or_insert(errno);
             }
             if done.data.capacity() > 0 && self.spare.len() < DEPTH as usize {
                 self.spare.push(done.data);
@@ -114,8 +113,8 @@ impl Inner {
         }
     }
 
-    fn told(&mut self) -> Result<()> {
-        match self.failed.pop_front() {
+    fn told(&self) -> Result<()> {
+        match self.failed {
             None => Ok(()),
             Some(errno) => Err(Failure::new(errno.0, format!("an earlier change failed: {errno}"))),
         }
@@ -186,7 +185,7 @@ impl Inner {
                     Some(done) if done.tag == tag => break done,
                     Some(done) => {
                         self.free.push(done.tag);
-                        self.failed.extend(done.result.err());
+                        self.failed = self.failed.or(done.result.err());
                     }
                     None => self.client.wait(None).map_err(|e| failure(&e))?,
                 }

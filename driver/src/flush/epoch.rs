@@ -200,11 +200,6 @@ impl EpochRun {
         self.plans.iter().flat_map(|(volume, plan)| plan.written_ranges().map(|range| (*volume, range)))
     }
 
-    /// Volumes the epoch changes.
-    pub fn volumes(&self) -> impl Iterator<Item = VolumeId> {
-        self.plans.iter().map(|(volume, _)| *volume)
-    }
-
     /// Submits what can be submitted. `Some`: the attempt is over and nothing is in flight.
     pub fn pump(&mut self, io: &mut EpochIo<'_>, submit: &mut dyn FnMut(Op)) -> Option<Ended> {
         loop {

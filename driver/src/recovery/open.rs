@@ -263,7 +263,9 @@ fn check_identity(
 ) -> Result<Label> {
     // A label that a failed sync has left in the cache alone would be taken for durable, and the next one be written over the
     // only one that is.
-    backing.drop_cache()?;
+    if !is(Mutation::CachedLabelIsTrusted) {
+        backing.drop_cache()?;
+    }
     let name = backing.name();
     let wrong = |what: String| Error::new(ErrorKind::WrongDevice, what);
     let needed = backing_bytes_for(volume.size_bytes);

@@ -1,18 +1,22 @@
 //! What opening has to notice.
 use std::collections::BTreeMap;
 
+use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
-use super::sample_stage::{REGION_COUNT, SampleStage};
+use super::open::read_label;
+use super::sample_stage::{REGION_COUNT, SampleStage, VOLUME_BYTES};
 use super::scan::scan;
 use super::superblocks;
 use super::{ArenaSource, Environment, open};
 use crate::base::checksum::crc64;
 use crate::base::{ByteRange, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::format::arena::ArenaIdentity;
+use crate::format::label::{Label, label_offset};
 use crate::format::record::{Record, RecordKind};
 use crate::format::volume_entry::AckLevel;
 use crate::io::Disk;
+use crate::io::memory_disk::MemDisk;
 use crate::stage::arena::Arena;
 
 fn end(stage: &SampleStage) -> std::result::Result<u64, String> {
@@ -204,4 +208,63 @@ fn a_region_that_only_the_arena_holds_is_not_dropped_silently() {
     environment.accept_loss = true;
     let opened = open(&stage.disk, &backings, &mut arena(true), environment).unwrap();
     assert_eq!(opened.core.claimed().next(), stage.next_lsn);
+}
+
+/// A backing whose cache shows a block that a failed sync has not written.
+struct Forgetful {
+    disk: MemDisk,
+    cached: Mutex<Option<(u64, Vec<u8>)>>,
+}
+
+impl Disk for Forgetful {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.disk.read(offset, buf)?;
+        if let Some((_, bytes)) = self.cached.lock().as_ref().filter(|(at, _)| *at == offset) {
+            buf.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.disk.write(offset, data)
+    }
+    fn sync(&self) -> Result<()> {
+        self.disk.sync()
+    }
+    fn drop_cache(&self) -> Result<()> {
+        *self.cached.lock() = None;
+        Ok(())
+    }
+    fn len_bytes(&self) -> u64 {
+        self.disk.len_bytes()
+    }
+    fn block_bytes(&self) -> u32 {
+        self.disk.block_bytes()
+    }
+    fn preferred_block_bytes(&self) -> u32 {
+        self.disk.preferred_block_bytes()
+    }
+    fn name(&self) -> String {
+        self.disk.name()
+    }
+}
+
+/// Were it taken for durable, the next label would be written over the only one that is.
+#[test]
+fn a_label_that_is_in_the_cache_alone_does_not_count() {
+    let mut stage = SampleStage::new();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100), (RecordKind::Write, 2, 0, 100)]);
+    let durable = read_label(&stage.backing(1, Lsn(0)), VOLUME_BYTES).unwrap().unwrap();
+    let label = Label { sequence: durable.sequence + 1, flushed_lsn: Lsn(2), ..durable.clone() };
+    let cached = (label_offset(VOLUME_BYTES, label.slot()), label.encode().as_bytes().to_vec());
+    let one = Forgetful { disk: stage.backing(1, Lsn(0)), cached: Mutex::new(Some(cached)) };
+    assert_eq!(read_label(&one, VOLUME_BYTES).unwrap().unwrap(), label);
+    let two = stage.backing(2, Lsn(0));
+    let backings: BTreeMap<VolumeId, &dyn Disk> =
+        [(VolumeId(1), &one as &dyn Disk), (VolumeId(2), &two as &dyn Disk)].into();
+    let boot_id = stage.superblock.boot_id;
+    let environment = Environment { boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let opened = open(&stage.disk, &backings, &mut Given(None), environment).unwrap();
+    let target = &opened.targets[&VolumeId(1)];
+    assert_eq!((&target.label, target.attempted), (&durable, Lsn(0)));
 }

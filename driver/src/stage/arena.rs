@@ -89,16 +89,6 @@ fn refuse_open_folder(dir: &Path) -> Result<()> {
     Err(Error::new(ErrorKind::Permission, what))
 }
 
-/// Keeps the slot of a region from being given away while it is read.
-#[derive(Debug)]
-pub struct Pin<'a>(&'a AtomicU32);
-
-impl Drop for Pin<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
-    }
-}
-
 impl Arena {
     /// Name of the arena file of a stage's arena id below `dir`.
     #[must_use]
@@ -300,15 +290,8 @@ impl Arena {
         self.region_bytes
     }
 
-    /// Pins the slot of region `seq`. Call while the region is known to be live (under the core's lock).
-    #[must_use]
-    pub fn pin(&self, seq: RegionSeq) -> Pin<'_> {
-        let pins = &self.pins[seq.slot(self.region_count) as usize];
-        pins.fetch_add(1, Ordering::Relaxed);
-        Pin(pins)
-    }
-
-    /// Pins without a guard; undone by [`Arena::unpin`].
+    /// Keeps the slot of region `seq` from being given away while it is read; undone by [`Arena::unpin`]. Call while the region
+    /// is known to be live (under the core's lock).
     pub(crate) fn pin_raw(&self, seq: RegionSeq) {
         self.pins[seq.slot(self.region_count) as usize].fetch_add(1, Ordering::Relaxed);
     }

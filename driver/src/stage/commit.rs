@@ -51,12 +51,6 @@ impl Committer {
         matches!(self.state, State::Failed(_))
     }
 
-    /// Whether a write is in flight.
-    #[must_use]
-    pub fn in_flight(&self) -> bool {
-        matches!(self.state, State::InFlight(_))
-    }
-
     /// The group to write now, if any: the oldest closed one, once every record of it is published. If none is closed and
     /// `close_open` says so, the open group is closed for it.
     pub fn next(&mut self, ring: &mut Ring, published: Lsn, close_open: bool) -> Option<ClosedGroup> {

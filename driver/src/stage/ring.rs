@@ -375,12 +375,6 @@ impl Ring {
         self.next_lsn
     }
 
-    /// Sequence number of the next group to be closed.
-    #[must_use]
-    pub fn next_group_seq(&self) -> u64 {
-        self.next_group_seq
-    }
-
     /// Map of the device.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {

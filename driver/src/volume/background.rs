@@ -6,6 +6,8 @@
 
 mod back_off;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -333,10 +335,8 @@ impl Background {
         let position = self.shared.geometry.region_offset(region.start.seq);
         match result {
             Ok(()) if self.is_whole(&region) => {
-                if self.load_retry.until_ns > 0 {
-                    self.load_retry = BackOff::default();
-                    self.status.stage_problem = None;
-                }
+                self.load_retry = BackOff::default();
+                self.status.load_problem = None;
                 self.loaded(&region);
                 return;
             }
@@ -354,7 +354,7 @@ impl Background {
                 self.shared.arena.unpin(region.start.seq);
                 self.load_failed = true;
                 self.status.stage_errors += 1;
-                self.status.stage_problem = Some(format!(
+                self.status.load_problem = Some(format!(
                     "the log cannot be read at byte {position} (region {}): {errno}",
                     region.start.seq
                 ));
@@ -530,7 +530,10 @@ impl Background {
         self.status.flushed_bytes += run.written_bytes;
         if !is(Mutation::ErrorStaysInStatus) {
             self.status.backing_problem = None;
-            self.status.stage_problem = None;
+            self.status.flush_problem = None;
+        }
+        if is(Mutation::FlushHidesUnreadableRegions) {
+            self.status.load_problem = None;
         }
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
@@ -557,7 +560,7 @@ impl Background {
             }
             Target::Stage => {
                 self.status.stage_errors += 1;
-                self.status.stage_problem = Some(format!("writing to the stage device failed: {errno}"));
+                self.status.flush_problem = Some(format!("writing to the stage device failed: {errno}"));
             }
         }
     }

@@ -281,7 +281,11 @@ impl Engine {
                     .backing_problem
                     .as_ref()
                     .map(|(volume, problem)| format!("the backing of volume {volume} fails: {problem}"));
-                Some(backing.or_else(|| status.stage_problem.clone()).unwrap_or("a device failed".to_owned()))
+                Some(
+                    backing
+                        .or_else(|| status.stage_problem().map(str::to_owned))
+                        .unwrap_or("a device failed".to_owned()),
+                )
             } else {
                 None
             };
@@ -361,9 +365,8 @@ impl Engine {
                 Health::Degraded,
                 Some(format!("the backing of volume '{name}' fails: {problem}; flushing is retried")),
             )
-        } else if let Some(problem) = background.stage_problem.as_ref().or(background.memory_problem.as_ref())
-        {
-            (Health::Degraded, Some(problem.clone()))
+        } else if let Some(problem) = background.stage_problem().or(background.memory_problem.as_deref()) {
+            (Health::Degraded, Some(problem.to_owned()))
         } else {
             (Health::Ok, None)
         };

@@ -59,6 +59,22 @@ impl Habits {
         }
     }
 
+    /// Writes of one size and nothing else: what takes the place of a group has its layout.
+    pub fn steady(rng: &mut Rng, one_size: u64, pause_ns: u64) -> Habits {
+        Habits {
+            weights: [1, 0, 0, 0, 0],
+            fua: 0,
+            hot: 0,
+            one_size,
+            pause_ns,
+            idle: 0,
+            fetch_fails: 0,
+            wrong: 0,
+            depth: rng.pick(&[1, 2, 4]),
+            ..Habits::draw(rng)
+        }
+    }
+
     /// The pause before the next request.
     pub fn pause_ns(&self, rng: &mut Rng) -> u64 {
         if rng.chance(self.idle) {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::io::Disk;
 
+use super::aim::Trap;
 use super::rng::Rng;
 
 /// How often things fail, in a thousand.
@@ -26,6 +27,8 @@ pub struct Faults {
     pub stage_write: u64,
     /// Syncs.
     pub sync: u64,
+    /// Reads of the stage while it is in use: regions that a recovery left on the device.
+    pub stage_read: u64,
 }
 
 /// What a crash interrupts, if it comes within a while.
@@ -58,13 +61,19 @@ pub struct Control {
     pub crash_at: u64,
     /// What the server should be doing then.
     pub crash_while: Moment,
+    /// Steps that the crash waits for that.
+    pub patience: u64,
+    /// What has to happen before.
+    pub trap: Option<Trap>,
+    /// Sectors that the next power cut loses, tears and turns to garbage, in a thousand; without it that is up to chance.
+    pub cut: Option<(u64, u64, u64)>,
     /// Set by a blocking call that reached that step.
     pub crashed: bool,
     /// Rates now.
     pub faults: Faults,
     /// Faults injected so far.
     pub faults_injected: u64,
-    /// Sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
+    /// Changed sectors that the next power cut keeps, in order, the others being lost; without it that is up to chance.
     pub subset: Option<u64>,
     /// Sectors that a power cut found unflushed, and of them those that kept nothing, got parts, or garbage.
     pub sectors: [u64; 4],
@@ -338,13 +347,7 @@ impl SimDisk {
         let mut state = self.state();
         let state = &mut *state;
         let sector = self.sector as usize;
-        let (lost, torn, garbage) = match rng.below(8) {
-            0 => (1000, 0, 0),
-            1 => (0, 0, 0),
-            2 => (500, 0, 0),
-            3 => (100, 300, 300),
-            _ => (rng.below(1001), rng.below(300), rng.below(200)),
-        };
+        let (lost, torn, garbage) = lock(&self.ctl).cut.unwrap_or(cut_by_chance(rng));
         let mut versions: BTreeMap<u64, Vec<Vec<u8>>> = BTreeMap::new();
         for (&at, pending) in &state.unflushed {
             versions.entry(at).or_default().extend(pending.iter().map(|v| v.bytes.clone()));
@@ -358,9 +361,15 @@ impl SimDisk {
         for (at, candidates) in versions {
             let from = at as usize * sector;
             let kept = &mut state.persistent[from..from + sector];
+            let newest = candidates.last().expect("a version");
             if let Some(subset) = &mut lock(&self.ctl).subset {
+                // Kept or lost, a sector that did not change is the same.
+                if newest == kept {
+                    counts[0] -= 1;
+                    continue;
+                }
                 if *subset & 1 == 1 {
-                    kept.copy_from_slice(candidates.last().expect("a version"));
+                    kept.copy_from_slice(newest);
                 } else {
                     counts[1] += 1;
                 }
@@ -439,6 +448,17 @@ impl SimDisk {
         let mut bytes = self.visible(from, (to - from) as usize);
         bytes[(offset - from) as usize..][..data.len()].copy_from_slice(data);
         (from, bytes)
+    }
+}
+
+/// How many unflushed sectors a power cut loses, tears and turns to garbage, in a thousand.
+fn cut_by_chance(rng: &mut Rng) -> (u64, u64, u64) {
+    match rng.below(8) {
+        0 => (1000, 0, 0),
+        1 => (0, 0, 0),
+        2 => (500, 0, 0),
+        3 => (100, 300, 300),
+        _ => (rng.below(1001), rng.below(300), rng.below(200)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use tidegate_driver::io::{Errno, Op, OpKind, Target};
 
+use super::aim::spring;
 use super::disk::{SyncFailure, lock};
 use super::memory;
 use super::rng::Rng;
@@ -39,12 +40,14 @@ pub fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
         OpKind::WriteZeroes if !disk.zeroes => return Err(Errno::EOPNOTSUPP),
         _ => {}
     }
+    if let Some(errno) = spring(flight, site) {
+        return Err(errno);
+    }
     let fault = {
         let mut ctl = lock(site.ctl);
         let faults = ctl.faults;
         let rate = match kind {
-            // A region that cannot be read ends the server's service; the world does not try that.
-            OpKind::Read if on_stage => 0,
+            OpKind::Read if on_stage => faults.stage_read,
             OpKind::Read => faults.read,
             OpKind::Sync => faults.sync,
             _ if on_stage => faults.stage_write,

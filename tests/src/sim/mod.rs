@@ -9,6 +9,7 @@
 //! | `door_io`, `flight`, `memory`, `site` | a client's side of a door, operations in flight, their memory, disks and time |
 //! | `model` | the list of accepted changes |
 //! | `checkers` | what that list and the promises demand, one promise a file |
+//! | `aim` | crashes led up to, for what chance seldom brings together |
 //! | `ending` | how a server ends |
 //! | `running` | one server's life: doors, background, operations in flight |
 //! | `changes` | volumes that grow, doors that close and open |
@@ -21,6 +22,7 @@
 //!
 //! The same seed gives the same story, step for step; a failure names the seed, the step and how to replay it.
 
+pub mod aim;
 pub mod changes;
 pub mod checkers;
 pub mod client;

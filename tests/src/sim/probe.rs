@@ -61,8 +61,8 @@ pub struct Truth {
     log_end: u64,
     /// Newest checkpoint.
     pub checkpoint: Checkpoint,
-    /// Highest LSN that a backing's label names.
-    pub label_top: Lsn,
+    /// LSN that each backing's label names.
+    pub labels: Vec<u64>,
     /// LSN before the last group of the log, and where that group lies on the stage.
     pub last_group: Option<(u64, u64, u64)>,
     /// Used parts of the log: offset and length.
@@ -139,10 +139,10 @@ impl World {
         let superblock = superblocks::read(&self.stage)?.superblock;
         let checkpoint = read_checkpoints(&self.stage, &superblock)?.remove(0);
         let log = scan(&self.stage, &superblock, &mut |_| {})?;
-        let mut label_top = Lsn::ZERO;
+        let mut labels = Vec::new();
         for (info, backing) in superblock.volumes.iter().zip(&self.backings) {
             let label = read_label(backing, info.size_bytes)?;
-            label_top = label_top.max(label.map_or(Lsn::ZERO, |label| label.flushed_lsn));
+            labels.push(label.map_or(0, |label| label.flushed_lsn.0));
         }
         let rules = rules_of(&superblock);
         let tail = log.regions.last().expect("a log has a region").start;
@@ -159,7 +159,7 @@ impl World {
             geometry: superblock.geometry,
             checkpoint,
             log_end: log.next_lsn.0 - 1,
-            label_top,
+            labels,
             last_group,
             used: used.collect(),
         })
@@ -176,10 +176,8 @@ impl World {
             6 | 7 => (Fault::LostWrite, self.hurt_stage(truth, Fault::LostWrite)?),
             8 => {
                 self.stage.put_back(self.old_disks.first()?);
-                (
-                    Fault::OldStage,
-                    Allowed { floor: Some(truth.label_top.0), any_content: true, ..Allowed::default() },
-                )
+                let flushed = truth.labels.clone();
+                (Fault::OldStage, Allowed { flushed, any_content: true, ..Allowed::default() })
             }
             9 => self.hurt_old_backing(volume, truth)?,
             10 => {
@@ -284,12 +282,7 @@ impl World {
         lock(&self.ctl).note("damage", &[from, bytes.len() as u64]);
         self.stage.damage(from, &bytes);
         let last = truth.last_group.filter(|&(_, start, end)| !truth.closed && from < end && to > start);
-        // Known weakness: without the newest checkpoint a region that it had freed takes part again, and one that only the
-        // arena holds in that slot is given up.
-        let checkpoints =
-            checkpoint_offset(0)..checkpoint_offset(CHECKPOINT_SLOTS - 1) + CHECKPOINT_SLOT_BYTES;
-        let freed = !self.arenas.0.is_empty() && from < checkpoints.end && to > checkpoints.start;
-        let floor = last.map(|(before, ..)| before).or(freed.then_some(truth.log_end));
+        let floor = last.map(|(before, ..)| before);
         Some(Allowed { floor, log_end: truth.log_end, damage: true, ..Allowed::default() })
     }
 

@@ -64,8 +64,10 @@ pub struct Report {
     pub steps: u64,
     /// Steps until the first server ended.
     pub first_life: u64,
-    /// Unflushed sectors that the first server's end met, if that was a power cut.
+    /// Unflushed sectors that the first server's end met, if that was a power cut; of a script, those that had changed.
     pub first_cut: u64,
+    /// Hash of all events until then.
+    pub first_trace: u64,
     /// Servers that began to open the stage.
     pub opens: u64,
     /// Kills, kills without arena, power cuts.
@@ -148,6 +150,7 @@ impl Sometimes {
         self.space_waits += other.space_waits;
         self.log_errors += other.log_errors;
         self.backing_errors += other.backing_errors;
+        self.load_errors += other.load_errors;
         self.epochs += other.epochs;
         self.regions = self.regions.max(other.regions);
     }
@@ -195,6 +198,8 @@ pub struct Sometimes {
     pub log_errors: u64,
     /// Flush attempts that failed.
     pub backing_errors: u64,
+    /// Regions that could not be read from the stage.
+    pub load_errors: u64,
     /// Epochs flushed.
     pub epochs: u64,
     /// Most regions opened in one life.

@@ -104,8 +104,8 @@ impl fmt::Display for Totals {
         )?;
         writeln!(
             f,
-            "  {} faults injected: {} failed log writes, {} failed flush attempts on backings",
-            r.faults, s.log_errors, s.backing_errors
+            "  {} faults injected: {} failed log writes, {} failed flush attempts on backings, {} failed reads of regions",
+            r.faults, s.log_errors, s.backing_errors, s.load_errors
         )?;
         writeln!(
             f,

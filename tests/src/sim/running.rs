@@ -184,8 +184,8 @@ impl Running {
         {
             let mut ctl = lock(site.ctl);
             ctl.step += 1;
-            if ctl.step >= ctl.crash_at + 300 || (ctl.step >= ctl.crash_at && self.is_moment(ctl.crash_while))
-            {
+            let due = ctl.step >= ctl.crash_at && ctl.trap.is_none() && self.is_moment(ctl.crash_while);
+            if due || ctl.step >= ctl.crash_at + ctl.patience {
                 return Err(Stop::Crash);
             }
             self.had_faults |= ctl.faults.stage_write > 0;
@@ -564,6 +564,7 @@ impl Running {
             space_waits: core.counters.space_waits,
             log_errors: core.counters.log_errors,
             backing_errors: self.background.status.backing_errors,
+            load_errors: self.says.load_errors,
             epochs: self.background.status.epochs,
             regions: core.ring().open_seq().0 - self.first_region,
         }

@@ -13,6 +13,7 @@ use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use uuid::Uuid;
 
+use super::aim::Aim;
 use super::client::Habits;
 use super::disk::{Ctl, Saved, SimDisk, lock};
 use super::door_io::Asked;
@@ -85,6 +86,12 @@ pub struct World {
     pub(super) last_crash: Option<CrashKind>,
     /// The disks as they were when an earlier server began: stage first.
     pub(super) old_disks: Vec<Saved>,
+    /// Chance of what is aimed: worlds without an aim are as they would be without it.
+    pub(super) aims: Rng,
+    /// What this life is led up to.
+    pub(super) aim: Option<Aim>,
+    /// Whether this is the second life of its aim.
+    pub(super) is_second: bool,
     /// How the clients of the last server behaved.
     pub(super) habits: Option<Habits>,
     /// 0: nothing fails but by crashes; else which rates faults come at.
@@ -154,6 +161,9 @@ impl World {
             missing: None,
             last_crash: None,
             old_disks: Vec::new(),
+            aims: Rng::new(options.seed, 30),
+            aim: None,
+            is_second: false,
             habits: None,
             faulty: if options.short.is_some() { 0 } else { rng.pick(&[0, 0, 0, 1, 1, 2, 2, 3, 4]) },
             report: Report::default(),

@@ -10,6 +10,7 @@ use tidegate_driver::io::Disk;
 use tidegate_driver::recovery::{Environment, Opened, open, superblocks};
 use uuid::Uuid;
 
+use super::aim::{Aim, PATIENCE_ORDINARY, Plan};
 use super::client::Habits;
 use super::disk::{Control, Ctl, Faults, Moment, lock};
 use super::report::{CrashKind, Failure, Options, Report};
@@ -32,6 +33,9 @@ pub fn run(options: Options) -> Result<Report, Box<Failure>> {
         step: 0,
         crash_at: u64::MAX,
         crash_while: Moment::Any,
+        patience: PATIENCE_ORDINARY,
+        trap: None,
+        cut: None,
         crashed: false,
         faults: Faults::default(),
         faults_injected: 0,
@@ -71,11 +75,15 @@ impl World {
             if self.options.short.is_none() && self.rng.chance(300) {
                 self.old_disks = self.saved_disks();
             }
-            let (steps, kind, moment) = self.crash_plan(life, last);
+            let plan = self.crash_plan(life, last);
+            let plan = self.aimed(lives - 1 - life).unwrap_or(plan);
+            let cut = self.aimed_cut();
             {
                 let mut ctl = lock(&self.ctl);
-                ctl.crash_at = if last { u64::MAX } else { ctl.step.saturating_add(steps) }.min(u64::MAX / 2);
-                ctl.crash_while = moment;
+                let at = if last { u64::MAX } else { ctl.step.saturating_add(plan.steps) };
+                ctl.crash_at = at.min(u64::MAX / 2);
+                ctl.crash_while = plan.moment;
+                (ctl.patience, ctl.trap, ctl.cut) = (plan.patience, plan.trap, cut);
                 ctl.crashed = false;
             }
             let ended = if last { self.last_life() } else { self.life() };
@@ -85,7 +93,10 @@ impl World {
             match ended {
                 Ok(()) => self.last_crash = None,
                 Err(Stop::Crash) => {
-                    self.crash(kind);
+                    if life == 0 {
+                        self.report.first_trace = lock(&self.ctl).trace;
+                    }
+                    self.crash(plan.kind);
                     if life == 0 {
                         self.report.first_cut = lock(&self.ctl).sectors[0];
                     }
@@ -100,13 +111,13 @@ impl World {
         Ok(self.report)
     }
 
-    fn crash_plan(&mut self, life: u64, last: bool) -> (u64, CrashKind, Moment) {
+    fn crash_plan(&mut self, life: u64, last: bool) -> Plan {
         if let Some(crash) = self.options.short {
             // The second crash is the worst kind, whatever the first one was.
             return if life == 0 {
-                (crash.step.max(1), crash.kind, Moment::Any)
+                Plan::ordinary(crash.step.max(1), crash.kind, Moment::Any)
             } else {
-                (crash.again.max(1), CrashKind::Power, Moment::Any)
+                Plan::ordinary(crash.again.max(1), CrashKind::Power, Moment::Any)
             };
         }
         let kind = match self.rng.below(10) {
@@ -124,33 +135,35 @@ impl World {
             Moment::Sync,
         ];
         let aim = self.rng.pick(&aims);
-        match self.rng.below(9) {
+        let (steps, kind, moment) = match self.rng.below(9) {
             8 => (self.rng.range(1, 200), kind, self.rng.pick(&[Moment::Label, Moment::Sync])),
             0 => (self.rng.range(1, 60), kind, Moment::Any),
             1 | 2 => (self.rng.range(20, 80), kind, Moment::LogWrite),
             3 => (self.rng.range(1, 300), kind, aim),
             4 if !last => (u64::MAX, kind, aim),
             _ => (self.rng.range(50, 2500), kind, aim),
-        }
+        };
+        Plan::ordinary(steps, kind, moment)
     }
 
     // ---- the parts of a life
 
     fn life(&mut self) -> Result<(), Stop> {
         self.open()?;
+        if self.faulty > 0 {
+            lock(&self.ctl).faults.stage_read = self.aims.pick(&[0, 0, 200, 900]);
+        }
         let script: Vec<Do> = self.options.script.into_iter().flatten().collect();
         if script.is_empty() && self.rng.chance(700) {
             self.verify_through_doors()?;
         }
         self.ask_again();
-        // The same habits again: what one server gave up and what the next one writes there look alike.
-        let habits = match self.habits {
-            Some(habits) if self.rng.chance(500) => habits,
-            _ => Habits::draw(&mut self.rng),
+        let habits = self.habits();
+        let quota = match (self.options.short, self.aim) {
+            (Some(_), _) => self.rng.range(4, 40),
+            (None, Some(Aim::RegionTwice | Aim::FullStage)) => 400,
+            (None, _) => self.rng.pick(&[20, 100, 400]),
         };
-        self.habits = Some(habits);
-        let quota =
-            if self.options.short.is_some() { self.rng.range(4, 40) } else { self.rng.pick(&[20, 100, 400]) };
         let running = self.running.as_mut().expect("open");
         running.habits = Some(habits);
         running.quota = if script.is_empty() { quota } else { script.len() as u64 };
@@ -167,14 +180,14 @@ impl World {
             }
             if ticks > if self.faulty < 3 { FAULTY_TICKS_MAX } else { FAULTY_TICKS_MAX / 8 } {
                 lock(&self.ctl).faults = Faults::default();
-            } else if self.faulty > 0 && ticks % 256 == 0 {
+            } else if self.faulty > 0 && ticks % 256 == 0 && self.aim != Some(Aim::FullStage) {
                 self.draw_faults();
             }
-            ticks += 1;
-            if self.options.short.is_none() && self.rng.chance(2) {
+            if self.flushes_now(ticks) || (self.options.short.is_none() && self.rng.chance(2)) {
                 self.running.as_mut().expect("open").drain();
             }
-            if self.options.short.is_none() && self.rng.chance(1) {
+            ticks += 1;
+            if self.options.short.is_none() && self.rng.chance(1) && self.aim != Some(Aim::FullStage) {
                 self.change_volumes()?;
             }
             if !self.tick()? && running_is_done(self.running.as_ref()) {
@@ -225,7 +238,7 @@ impl World {
             if self.faulty > 0 && attempt < 4 && self.rng.chance(300) {
                 let rate = self.rng.pick(&[3, 20]);
                 lock(&self.ctl).faults =
-                    Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate };
+                    Faults { read: rate, backing_write: rate, stage_write: rate, sync: rate, stage_read: 0 };
             }
             let faults_before = lock(&self.ctl).faults_injected;
             let opened = self.open_once(self.loss_accepted);
@@ -293,6 +306,9 @@ impl World {
                 "P7: the arena is gone and the log ends at LSN {end}, but LSN {acknowledged} was acknowledged: not a word"
             )));
         }
+        if let Some(note) = opened.report.notes.iter().find(|note| note.contains("is older than the log")) {
+            return Err(Stop::Fail(format!("P7: no checkpoint was damaged, said: {note}")));
+        }
         for (i, info) in opened.superblock.volumes.iter().enumerate() {
             self.model.grow(i, info.size_bytes);
         }
@@ -350,6 +366,7 @@ impl World {
             backing_write: self.rng.pick(most),
             stage_write: self.rng.pick(most),
             sync: self.rng.pick(most),
+            stage_read: self.aims.pick(most),
         };
         lock(&self.ctl).faults = faults;
     }
@@ -430,6 +447,7 @@ impl World {
             ctl.faults = Faults::default();
             ctl.crashed = false;
             ctl.crash_at = u64::MAX;
+            ctl.trap = None;
             ctl.note("crash", &[kind as u64]);
         }
         let site = site_of!(self);

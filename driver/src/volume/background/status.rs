@@ -15,8 +15,10 @@ pub struct BackgroundStatus {
     pub backing_problem: Option<(VolumeId, String)>,
     /// Writes of the flusher to the stage device that failed.
     pub stage_errors: u64,
-    /// Why the stage device fails, while it does.
-    pub stage_problem: Option<String>,
+    /// Why the flusher cannot write to the stage device, while it cannot.
+    pub flush_problem: Option<String>,
+    /// Why a region of the log cannot be read, while it cannot. A flush that succeeds says nothing of it.
+    pub load_problem: Option<String>,
     /// Whether the log cannot be written.
     pub log_fails: bool,
     /// Why the arena cannot get all its memory, while it cannot.
@@ -25,4 +27,12 @@ pub struct BackgroundStatus {
     pub damage: Option<String>,
     /// The checkpoint.
     pub checkpoint_lsn: Lsn,
+}
+
+impl BackgroundStatus {
+    /// Why the stage device fails, while it does.
+    #[must_use]
+    pub fn stage_problem(&self) -> Option<&str> {
+        self.flush_problem.as_deref().or(self.load_problem.as_deref())
+    }
 }

@@ -182,7 +182,7 @@ fn announce(before: &BackgroundStatus, now: &BackgroundStatus) {
     }
     let log = |status: &BackgroundStatus| status.log_fails.then_some("cannot be written");
     changed("the log", log(before), log(now));
-    changed("the stage device", before.stage_problem.as_deref(), now.stage_problem.as_deref());
+    changed("the stage device", before.stage_problem(), now.stage_problem());
     changed("memory of the arena", before.memory_problem.as_deref(), now.memory_problem.as_deref());
     if let (None, Some(damage)) = (&before.damage, &now.damage) {
         tracing::error!("nothing more is accepted: {damage}");

@@ -13,6 +13,9 @@ pub struct Allowed {
     pub may_be_without: bool,
     /// The prefix may end as early as here, below what was promised.
     pub floor: Option<u64>,
+    /// What was flushed to each backing: a stage that ends below that must not serve the volume. A volume that has grown since
+    /// is looked for at its old size, and refused.
+    pub flushed: Vec<u64>,
     /// Where the log ended before its last group was damaged.
     pub log_end: u64,
     /// What is read cannot be known.
@@ -61,10 +64,10 @@ impl Allowed {
         if !self.any_content && end < least {
             return Err(format!("P1: the prefix ends at LSN {end}, but LSN {least} was promised"));
         }
-        if self.any_content && self.floor.is_some_and(|floor| end < floor) {
+        let mut served = self.flushed.iter().zip(usable).filter(|&(_, &usable)| usable);
+        if let Some((flushed, _)) = served.find(|&(&flushed, _)| end < flushed) {
             return Err(format!(
-                "P7: an old stage that ends at LSN {end} is accepted, {:?} was flushed",
-                self.floor
+                "P7: an old stage that ends at LSN {end} is accepted, but LSN {flushed} was flushed"
             ));
         }
         Ok(())

@@ -18,6 +18,10 @@ pub struct Status {
     /// First device that failed in the attempt to flush that is under way.
     failing: Option<Target>,
     log_failed: bool,
+    /// Whether the last attempt to read a region from the stage failed.
+    load_failed: bool,
+    /// Such attempts.
+    pub load_errors: u64,
     log_errors: u64,
 }
 
@@ -28,6 +32,9 @@ impl Status {
         if op.token == LOG_TOKEN {
             self.log_failed = result.is_err();
             self.log_errors += u64::from(result.is_err());
+        } else if op.target == Target::Stage && op.kind == OpKind::Read {
+            self.load_failed = result.is_err();
+            self.load_errors += u64::from(result.is_err());
         } else if flight.owner == Owner::Background && op.token.0 >> 32 == EPOCH {
             let cannot =
                 matches!(op.kind, OpKind::Discard | OpKind::WriteZeroes) && result == Err(Errno::EOPNOTSUPP);
@@ -51,12 +58,15 @@ impl Status {
         if core.counters.log_errors != self.log_errors {
             return Err(format!("P7: {} log errors, said: {}", self.log_errors, core.counters.log_errors));
         }
+        if self.load_failed && said.load_problem.is_none() {
+            return Err(format!("P7: a region cannot be read, said: {said:?}"));
+        }
         if said.checkpoint_lsn != core.checkpoint() {
             return Err(format!("P7: flushed up to {}, said: {said:?}", core.checkpoint()));
         }
         if said.epochs > self.epochs {
             self.epochs = said.epochs;
-            if said.backing_problem.is_some() || said.stage_problem.is_some() {
+            if said.backing_problem.is_some() || said.flush_problem.is_some() {
                 return Err(format!("P7: flushed, said: {said:?}"));
             }
         }
@@ -68,7 +78,7 @@ impl Status {
             Some(Target::Backing(volume)) if !told(volume) => {
                 Err(format!("P7: the backing of {volume} failed, said: {said:?}"))
             }
-            Some(Target::Stage) if said.stage_problem.is_none() => {
+            Some(Target::Stage) if said.flush_problem.is_none() => {
                 Err(format!("P7: the stage failed, said: {said:?}"))
             }
             _ => Ok(()),
