@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 30
 KERNELS ?= 6.12 7.2
 VERSION := $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: run test ci sim mutations fuzz coverage bench lint fmt doc install lib tools-release
+.PHONY: run test ci sim mutations fuzz coverage bench lint fmt doc install lib tools-release programs programs-test
 
 tools-release:
 	$(CARGO) build --release -p tidegate-tools
@@ -17,6 +17,12 @@ tools-release:
 lib:
 	$(CARGO) build --release -p tidegate-ffi
 	ffi/link $${CARGO_TARGET_DIR:-target}/release
+
+# The programs over it, and their tests with a server; FIO_SOURCE=DIR for the fio engine.
+programs: lib
+	$(MAKE) -C ffi nbdkit examples
+programs-test:
+	ffi/tests/programs
 
 # The main job, shown: on this kernel if it has ublk, else in the test machine.
 run: tools-release

@@ -279,6 +279,37 @@ fn many_threads_share_a_session_and_many_sessions_a_volume() {
     shared.flush().unwrap();
 }
 
+/// What a client that is gone left in its ring comes before everything that a later client does: it may have looked at the
+/// volume, and must not find that changed behind its back.
+#[test]
+fn a_session_begins_when_those_of_clients_that_are_gone_are_over() {
+    let served = Served::new(&[AckLevel::Memory]);
+    for round in 0..30u8 {
+        let old = Device::open(&served.socket(0), &Options { depth: 4096, arena_bytes: 0 }).unwrap();
+        let at = old.alloc(8).unwrap();
+        old.put(at, &[round; 8]).unwrap();
+        let write = Submission {
+            operation: Operation::Write as u8,
+            flags: SILENT,
+            arena_offset: at,
+            len: 8,
+            ..Submission::default()
+        };
+        old.submit(&[write; 4000]).unwrap();
+        drop(old);
+        let new = served.device(0);
+        let mut seen = [0; 8];
+        new.read(0, &mut seen).unwrap();
+        assert_eq!(seen, [round; 8], "everything that was submitted is there");
+        new.write(0, &[&[255 - round; 8]], 0).unwrap();
+        while served.gates[0].sessions().len() > 1 {
+            std::thread::yield_now();
+        }
+        new.read(0, &mut seen).unwrap();
+        assert_eq!(seen, [255 - round; 8], "and nothing comes after");
+    }
+}
+
 #[test]
 fn long_reads_of_many_threads_share_the_slots() {
     let served = Served::new(&[AckLevel::Memory]);

@@ -352,9 +352,9 @@ int tg_close(struct tg_device *device);
 int tg_get_info(struct tg_device *device, struct tg_info *info);
 
 /**
- * Takes `length` bytes of the session's arena: payload for tg_submit(), aligned to 64 bytes, not cleared. NULL if it fails, and
- * errno is set: ENOMEM: no such room is free; EINVAL: 0, or more than a quarter of the arena, which is what there is for this;
- * the rest serves calls that copy, as tg_pwrite().
+ * Takes `length` bytes of the session's arena: payload for tg_submit(), aligned to 64 bytes, not cleared. NULL if it fails,
+ * and errno is set: ENOMEM: no such room is free; EINVAL: 0, or more than a quarter of the arena, which is what there is for
+ * this; the rest serves calls that copy, as tg_pwrite().
  */
 void *tg_alloc(struct tg_device *device, size_t length);
 
@@ -432,7 +432,8 @@ int tg_pread(struct tg_device *device, void *data, size_t length, uint64_t offse
 int tg_write_zeroes(struct tg_device *device, uint64_t offset, uint64_t length, int flags, tg_ticket *ticket);
 
 /**
- * Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is written.
+ * Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is
+ * written.
  */
 int tg_discard(struct tg_device *device, uint64_t offset, uint64_t length, tg_ticket *ticket);
 
@@ -448,8 +449,8 @@ int tg_flush(struct tg_device *device);
  * An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
  * position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.
  *
- * -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log that
- * was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
+ * -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log
+ * that was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
  */
 int tg_log_open(struct tg_device *device, uint64_t base, uint64_t length, int flags, struct tg_log **log);
 
@@ -468,12 +469,10 @@ int tg_log_append(struct tg_log *log, const void *data, size_t length, uint64_t 
 int tg_log_appendv(struct tg_log *log, const struct iovec *parts, int count, uint64_t *position, tg_ticket *ticket);
 
 /**
- * Waits until the entry at `position`, and all before it, are durable (at the tail: everything in the log), but not longer than `timeout_ns` nanoseconds; for ever
- * if that is negative. -ETIMEDOUT: they are not yet.
+ * Waits until the entry at `position`, and all before it, are durable (at the tail: everything in the log), but not longer
+ * than `timeout_ns` nanoseconds; for ever if that is negative. -ETIMEDOUT: they are not yet.
  */
-int tg_log_persist(struct tg_log *log,
-                   uint64_t position,
-                   int64_t timeout_ns);
+int tg_log_persist(struct tg_log *log, uint64_t position, int64_t timeout_ns);
 
 /**
  * Reads the entry at `*position`, returns its length, and sets `*position` to that of the next. 0: `*position` is the tail;

@@ -66,9 +66,9 @@ pub unsafe extern "C" fn tg_get_info(device: *mut tg_device, info: *mut tg_info)
     })
 }
 
-/// Takes `length` bytes of the session's arena: payload for tg_submit(), aligned to 64 bytes, not cleared. NULL if it fails, and
-/// errno is set: ENOMEM: no such room is free; EINVAL: 0, or more than a quarter of the arena, which is what there is for this;
-/// the rest serves calls that copy, as tg_pwrite().
+/// Takes `length` bytes of the session's arena: payload for tg_submit(), aligned to 64 bytes, not cleared. NULL if it fails,
+/// and errno is set: ENOMEM: no such room is free; EINVAL: 0, or more than a quarter of the arena, which is what there is for
+/// this; the rest serves calls that copy, as tg_pwrite().
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_alloc(device: *mut tg_device, length: usize) -> *mut c_void {
     error::value(ptr::null_mut(), || session::find(device)?.alloc(length))

@@ -75,9 +75,14 @@ impl<T> Table<T> {
 
     /// What `handle` stands for.
     pub fn find(&self, handle: usize) -> Result<Arc<T>> {
+        self.look(handle, Arc::clone)
+    }
+
+    /// A look at what `handle` stands for. It is short: closing the handle waits for it.
+    pub fn look<R>(&self, handle: usize, look: impl FnOnce(&Arc<T>) -> R) -> Result<R> {
         let slot = self.slot(handle)?.read();
         match &*slot {
-            Some((held, it)) if *held == handle => Ok(Arc::clone(it)),
+            Some((held, it)) if *held == handle => Ok(look(it)),
             _ => Err(self.closed()),
         }
     }

@@ -17,8 +17,8 @@ use crate::memory;
 /// An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
 /// position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.
 ///
-/// -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log that
-/// was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
+/// -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log
+/// that was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tg_log_open(
     device: *mut tg_device,
@@ -82,8 +82,8 @@ pub unsafe extern "C" fn tg_log_appendv(
     })
 }
 
-/// Waits until the entry at `position`, and all before it, are durable (at the tail: everything in the log), but not longer than `timeout_ns` nanoseconds; for ever
-/// if that is negative. -ETIMEDOUT: they are not yet.
+/// Waits until the entry at `position`, and all before it, are durable (at the tail: everything in the log), but not longer
+/// than `timeout_ns` nanoseconds; for ever if that is negative. -ETIMEDOUT: they are not yet.
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_log_persist(log: *mut tg_log, position: u64, timeout_ns: i64) -> c_int {
     error::status(|| journal::find(log)?.persist(position, timeout_ns))

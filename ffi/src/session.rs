@@ -67,6 +67,12 @@ pub fn find(device: *mut tg_device) -> Result<Arc<Session>> {
     SESSIONS.find(device.addr())
 }
 
+/// One of the session's words: a ticket, 0 if it has none yet.
+pub fn ticket(device: *mut tg_device, word: impl FnOnce(&Device) -> Ticket) -> Result<u64> {
+    let ticket = SESSIONS.look(device.addr(), |session| word(&session.device))?;
+    Ok(if ticket.sequence() == 0 { 0 } else { ticket.0 })
+}
+
 /// Makes the handle invalid and ends the session as soon as no call uses it any more.
 pub fn close(device: *mut tg_device) -> Result<()> {
     SESSIONS.remove(device.addr())?.end();
@@ -84,11 +90,6 @@ impl Session {
     /// The session of the driver.
     pub fn device(&self) -> &Device {
         &self.device
-    }
-
-    /// A ticket as C sees it: none is 0.
-    pub fn or_none(ticket: Ticket) -> u64 {
-        if ticket.sequence() == 0 { 0 } else { ticket.0 }
     }
 
     /// Whether its handle is invalid.

@@ -4,11 +4,12 @@
 use std::ffi::{c_int, c_void};
 
 use libc::{iovec, ssize_t};
+use tidegate_driver::bytes::client::Device;
 
 use crate::abi::{tg_completion, tg_device, tg_submission, tg_ticket};
 use crate::error;
 use crate::memory;
-use crate::session::{self, Session};
+use crate::session;
 
 /// Submits `count` requests, all or none, and does not wait. The ticket of the first goes to `first`, which may be NULL; the
 /// others follow by one each. Changes of a session get their place in the order of submission, without any TG_BARRIER.
@@ -51,16 +52,16 @@ pub unsafe extern "C" fn tg_reap(
 }
 
 /// Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. 0: none
-/// is, or the handle is wrong (errno is set then). Costs about as much as reading a variable; never goes back.
+/// is, or the handle is wrong (errno is set then). Reads shared memory only, so it is cheap; never goes back.
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_accepted(device: *mut tg_device) -> tg_ticket {
-    error::value(0, || Ok(Session::or_none(session::find(device)?.device().accepted())))
+    error::value(0, || session::ticket(device, Device::accepted))
 }
 
 /// Every change of the session up to this ticket is durable: it survives the loss of power as well. Otherwise as tg_accepted().
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_durable(device: *mut tg_device) -> tg_ticket {
-    error::value(0, || Ok(Session::or_none(session::find(device)?.device().durable())))
+    error::value(0, || session::ticket(device, Device::durable))
 }
 
 /// Waits until every change of the session up to `ticket` is durable, but not longer than `timeout_ns` nanoseconds; for ever if
@@ -171,7 +172,8 @@ pub unsafe extern "C" fn tg_write_zeroes(
     })
 }
 
-/// Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is written.
+/// Says that a range is no longer needed, and waits until that has completed. What it reads as is undefined until it is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tg_discard(
     device: *mut tg_device,

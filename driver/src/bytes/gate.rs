@@ -4,10 +4,14 @@
 //! Who may come in: root, the user that the server runs as, and whoever is on the volume's list. The kernel says who a
 //! client is. Without a list the socket itself is closed to others.
 //!
+//! A session begins when the sessions of clients that were gone by then are over. What such a client had submitted is still
+//! carried out; whoever comes after it (the same program, started again) looks at the volume and must not find it changed
+//! behind its back.
+//!
 //! Ownership: one thread accepts; sessions are entered and removed under `sessions`. [`Gate::close`] ends them all and
 //! waits until none is left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -108,6 +112,7 @@ struct Inside {
     turned_away: Arc<Seldom>,
     stop: AtomicBool,
     sessions: Mutex<BTreeMap<u64, Entry>>,
+    /// A session was removed.
     ended: Condvar,
 }
 
@@ -324,8 +329,11 @@ impl Inside {
         };
         let mut sessions = self.sessions.lock();
         let info = SessionInfo { pid: peer.pid, uid: peer.uid };
+        let gone: BTreeSet<u64> =
+            sessions.iter().filter(|(_, entry)| is_gone(&entry.stream)).map(|(number, _)| *number).collect();
         let inside = self.clone();
         let spawned = std::thread::Builder::new().name("byte-session".into()).spawn(move || {
+            inside.wait_for_the_end_of(&gone);
             inside.host(number, &stream, &peer);
             let entry = inside.sessions.lock().remove(&number);
             inside.ended.notify_all();
@@ -362,6 +370,14 @@ impl Inside {
         serve::run(&setup, stream, &self.stop, admit, |wake| self.enter(number, wake));
     }
 
+    /// Each of them waits only for older ones, so this comes to an end when their requests do.
+    fn wait_for_the_end_of(&self, gone: &BTreeSet<u64>) {
+        let mut sessions = self.sessions.lock();
+        while gone.iter().any(|number| sessions.contains_key(number)) {
+            self.ended.wait(&mut sessions);
+        }
+    }
+
     fn enter(&self, number: u64, wake: Arc<dyn Wake>) {
         if let Some(entry) = self.sessions.lock().get_mut(&number) {
             entry.wake = Some(wake.clone());
@@ -370,4 +386,12 @@ impl Inside {
             wake.wake();
         }
     }
+}
+
+/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
+/// told of its death.
+fn is_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }

@@ -28,7 +28,9 @@
 //! - B4 a barrier completes when everything before it has, and nothing after it begins before that;
 //! - B5 `accepted` and `durable` never go back and never claim a change that is not;
 //! - B6 the client is not trusted: the server copies a descriptor before it looks at it, keeps its own counters, bounds
-//!   every offset and length, computes checksums over its own copy, and waits for nothing that only the client can do.
+//!   every offset and length, computes checksums over its own copy, and waits for nothing that only the client can do;
+//! - B7 a session begins when the sessions of the volume whose clients were gone before are over: what they had submitted is
+//!   carried out or dropped by then, and nothing of it comes later.
 
 pub mod client;
 pub mod gate;

@@ -4,9 +4,9 @@ use proptest::prelude::*;
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
-use super::Sealed;
 use super::append_log::{Entry, EntryKind, LogHeader};
 use super::arena::ArenaIdentity;
+use super::byte_ring::{CompletionImage, HelloImage, SubmissionImage, WelcomeImage};
 use super::checkpoint::Checkpoint;
 use super::geometry::Geometry;
 use super::group::{Group, RecordsDigest};
@@ -16,6 +16,7 @@ use super::record::{Record, RecordKind, record_bytes};
 use super::region::{Footer, RegionStart, TableEntry, TableInfo};
 use super::superblock::{StageState, Superblock};
 use super::volume_entry::{AckLevel, OnLogError, VolumeInfo};
+use super::{Sealed, text_into};
 use crate::base::checksum::crc64;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 
@@ -218,9 +219,9 @@ fn structures_survive_a_round_trip() {
 fn structures_match_their_golden_files() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/format/golden");
     let sealed = instances().into_iter().map(|(name, bytes, _)| (name, bytes));
-    // The entry has no checksum of its own: the footer's covers it.
+    // The entry has no checksum of its own: the footer's covers it. What is on a wire or in shared memory has none at all.
     let entry = ("table_entry", TableEntry::new(&record(), 4160).as_bytes().to_vec());
-    for (name, bytes) in sealed.chain([entry]) {
+    for (name, bytes) in sealed.chain([entry]).chain(byte_door()) {
         let path = dir.join(format!("{name}.hex"));
         let text = hex(&bytes);
         if std::env::var_os("TIDEGATE_UPDATE_GOLDEN").is_some() {
@@ -230,6 +231,46 @@ fn structures_match_their_golden_files() {
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(golden == text, "{name} differs from {}", path.display());
     }
+}
+
+/// The structures of the byte door.
+fn byte_door() -> Vec<(&'static str, Vec<u8>)> {
+    let welcome = WelcomeImage {
+        session: 7.into(),
+        depth: 128.into(),
+        arena_bytes: (8 << 20).into(),
+        write_bytes_max: (1 << 20).into(),
+        memory_bytes: 0x0080_6000.into(),
+        volume_bytes: (1 << 46).into(),
+        ack: AckLevel::Memory.code(),
+        stage_uuid: *Uuid::from_u128(0x1234).as_bytes(),
+        volume_uuid: *Uuid::from_u128(0xabc).as_bytes(),
+        name: text_into("db").unwrap(),
+        ..WelcomeImage::refusal(-1, "why")
+    };
+    let submission = SubmissionImage {
+        operation: 2,
+        flags: 1,
+        arena_offset: 4096.into(),
+        offset: (1 << 40).into(),
+        len: 513.into(),
+        cookie: 0xfeed.into(),
+        after: [1, 2, 3, 4].map(Into::into),
+        ..SubmissionImage::default()
+    };
+    let completion = CompletionImage {
+        cookie: 0xfeed.into(),
+        ticket: (7 << 48 | 9).into(),
+        lsn: 1001.into(),
+        result: (-5).into(),
+        ..CompletionImage::default()
+    };
+    vec![
+        ("byte_hello", HelloImage::new(128, 8 << 20).as_bytes().to_vec()),
+        ("byte_welcome", welcome.as_bytes().to_vec()),
+        ("byte_submission", submission.as_bytes().to_vec()),
+        ("byte_completion", completion.as_bytes().to_vec()),
+    ]
 }
 
 /// Hex lines of 32 bytes with their offset; lines of zeroes are left out.

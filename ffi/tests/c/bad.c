@@ -204,6 +204,26 @@ static void requests(void) {
   IS(tg_free(device, data), 0);
 }
 
+/* A session that waits for a request of another, which ends without it. */
+static void in_vain(const char *name) {
+  struct tg_submission it = request(TG_WRITE_ZEROES, NULL, 0, 64);
+  struct tg_completion done;
+  tg_device *ends;
+  tg_ticket ticket;
+  IS(tg_open(name, NULL, &ends), 0);
+  IS(tg_pwrite(ends, "x", 1, 0, 0, &ticket), 0);
+  it.after[0] = ticket + 1;
+  it.cookie = 77;
+  IS(tg_submit(device, &it, 1, NULL), 0);
+  IS(tg_reap(device, &done, 1, SECOND / 20), 0);
+  IS(tg_close(ends), 0);
+  IS(tg_reap(device, &done, 1, 10 * SECOND), 1);
+  CHECK(done.cookie == 77 && done.result == -ECANCELED && done.lsn == 0);
+  /* What it did submit has its place, although it is gone. */
+  it.after[0] = ticket;
+  IS(completed(it), 0);
+}
+
 static void logs(void) {
   tg_log *log = (tg_log *)&info, *closed;
   char data[64];
@@ -316,6 +336,7 @@ int main(int argc, char **argv) {
   arguments();
   arena();
   requests();
+  in_vain(argv[2]);
   logs();
   sizes(argv[1]);
   forks(argv[1]);

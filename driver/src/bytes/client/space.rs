@@ -177,7 +177,9 @@ mod tests {
         }
 
         #[test]
-        fn allocations_never_overlap_and_all_comes_back(steps in prop::collection::vec((1usize..600, any::<prop::sample::Index>()), 1..200)) {
+        fn allocations_never_overlap_and_all_comes_back(
+            steps in prop::collection::vec((1usize..600, any::<prop::sample::Index>()), 1..200),
+        ) {
             let parts = Parts::of(8192);
             let mut heap = Heap::new(&parts);
             let whole = heap.free.clone();
