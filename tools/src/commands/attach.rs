@@ -49,6 +49,14 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     }
     let is_bytes = gate.is_some();
     let device = attach(registry, &entry, gate, args.accept_loss)?;
+    if is_bytes && !Path::new(&device).exists() {
+        let what = format!(
+            "the server of '{}' runs where {device} cannot be reached: name a folder of the root file system with \
+             TIDEGATE_RUN_DIR, or detach the stage's other volumes first",
+            entry.name
+        );
+        return Err(Error::new(ErrorKind::NotFound, what));
+    }
     tell_repairs(registry, &entry);
     print_device(&entry, &device, is_bytes, args.json)?;
     Ok(ExitCode::SUCCESS)

@@ -100,6 +100,7 @@ fn end_without_server(dir: &StageDir, entry: &Entry, problem: Error) -> Result<(
     links::remove(&entry.name, device_id);
     if let Some(mut runtime) = dir.runtime()? {
         runtime.devices.retain(|d| d.volume_uuid != entry.volume_uuid);
+        runtime.gates.retain(|g| g.volume_uuid != entry.volume_uuid);
         dir.put_runtime(&runtime)?;
     }
     let _ = writeln!(

@@ -13,6 +13,7 @@ use tidegate_ublk::info::block_path;
 use tidegate_ublk::{Device, Start, Status, StopMode, sys};
 
 use super::Server;
+use super::gates::Opened;
 use super::state::close;
 use crate::engine::{self, Doors};
 use crate::links;
@@ -93,7 +94,7 @@ impl Server {
 
     /// Whether a device could not be taken over yet, and still should be.
     pub fn has_waiting(&self) -> bool {
-        !self.is_ending() && !self.waiting.lock().is_empty()
+        !self.is_ending() && !(self.waiting.lock().is_empty() && self.lost_gates.lock().is_empty())
     }
 
     /// Tries again to take over the devices that wait.
@@ -112,6 +113,7 @@ impl Server {
                 _ => drop(self.waiting.lock().remove(&name)),
             }
         }
+        self.retry_gates();
         self.note_runtime();
     }
 
@@ -169,7 +171,7 @@ impl Server {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         self.forget_ended();
-        if let Some((gate, _)) = self.gates.lock().get(name) {
+        if let Some(Opened { gate, .. }) = self.gates.lock().get(name) {
             let what = format!(
                 "volume '{name}' is attached as byte device {}, and a volume is a block device or a byte device, never both: \
                  detach it first",
@@ -422,7 +424,8 @@ impl Server {
 
     /// Whether no volume is attached, and no device waits for this server.
     pub fn is_idle(&self) -> bool {
-        self.attached.lock().is_empty() && self.waiting.lock().is_empty() && self.gates.lock().is_empty()
+        let has_gates = !(self.gates.lock().is_empty() && self.lost_gates.lock().is_empty());
+        self.attached.lock().is_empty() && self.waiting.lock().is_empty() && !has_gates
     }
 
     /// Ends a server that has nothing to serve. Whether it has ended.

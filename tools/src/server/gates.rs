@@ -10,6 +10,7 @@ use std::time::Duration;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::bytes::gate::{Access, Gate};
 use tidegate_driver::format::volume_entry::VolumeInfo;
+use tidegate_driver::io::Disk;
 
 use super::Server;
 use super::devices::within;
@@ -28,23 +29,40 @@ pub struct GateConfig {
     pub access: Access,
 }
 
+/// A gate that is open.
+pub struct Opened {
+    /// It.
+    pub gate: Arc<Gate>,
+    /// It came through the death of a server since the volume was last attached by command.
+    pub recovered: bool,
+}
+
 impl Server {
-    /// Opens the gate of a volume; the path of its socket.
+    /// Opens the gate of a volume; the path of its socket. One that came through a crash is there already: that is no
+    /// error once, and who may come in is as was asked for now.
     pub fn attach_bytes(&self, name: &str, config: GateConfig) -> Result<String> {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         self.forget_ended();
-        self.free(name)?;
-        self.open_gate(&volume, config.clone())?;
-        self.note_runtime();
         let path = config.path.display().to_string();
+        if let Some(open) = self.gates.lock().get_mut(name)
+            && open.gate.path() == config.path
+            && std::mem::take(&mut open.recovered)
+        {
+            open.gate.set_access(config.access)?;
+            return Ok(path);
+        }
+        self.lost_gates.lock().retain(|lost| lost.volume != name);
+        self.free(name)?;
+        self.open_gate(&volume, config, false)?;
+        self.note_runtime();
         tracing::info!("attached volume '{name}' as byte device {path}");
         Ok(path)
     }
 
-    fn open_gate(&self, volume: &VolumeInfo, config: GateConfig) -> Result<()> {
+    fn open_gate(&self, volume: &VolumeInfo, config: GateConfig, recovered: bool) -> Result<()> {
         let backing = self.backing(volume)?;
-        if let Err(e) = self.engine.set_backing_path(volume.id, &backing.path().display().to_string()) {
+        if let Err(e) = self.engine.set_backing_path(volume.id, &backing.name()) {
             tracing::warn!("cannot note the path of the backing of volume '{}': {}", volume.name, e.report());
         }
         let gate = Gate::open(
@@ -52,24 +70,34 @@ impl Server {
             Arc::clone(&self.ties),
             volume.id,
             &config.path,
-            config.access.clone(),
+            config.access,
         )?;
-        self.gates.lock().insert(volume.name.clone(), (Arc::new(gate), config.access));
+        self.gates.lock().insert(volume.name.clone(), Opened { gate: Arc::new(gate), recovered });
         Ok(())
     }
 
-    /// Opens the gates of a server that died. One that cannot be opened is missed by its clients, who are told so.
-    pub fn recover_gates(&self, noted: &[RuntimeGate]) {
+    /// Opens the gates of a server that died. Those that cannot be opened are tried again, while their clients are told that
+    /// nobody serves them.
+    pub fn recover_gates(&self, noted: Vec<RuntimeGate>) {
         let _one = self.operations.lock();
-        for gate in noted {
+        *self.lost_gates.lock() = noted;
+        self.retry_gates();
+    }
+
+    /// Tries to open the gates that are lost. The caller holds `operations`.
+    pub(super) fn retry_gates(&self) {
+        let lost = std::mem::take(&mut *self.lost_gates.lock());
+        for gate in lost {
             let Some(volume) = self.engine.volumes().into_iter().find(|v| v.uuid == gate.volume_uuid) else {
                 continue;
             };
             let access = Access { users: gate.users.clone(), groups: gate.groups.clone() };
-            match self.open_gate(&volume, GateConfig { path: gate.path.clone(), access }) {
+            let config = GateConfig { path: gate.path.clone(), access };
+            match self.open_gate(&volume, config, true) {
                 Ok(()) => tracing::info!("volume '{}' is a byte device again", volume.name),
                 Err(e) => {
-                    tracing::error!("volume '{}' is no byte device any more: {}", volume.name, e.report())
+                    tracing::error!("volume '{}' is no byte device yet: {}", volume.name, e.report());
+                    self.lost_gates.lock().push(gate);
                 }
             }
         }
@@ -77,7 +105,11 @@ impl Server {
 
     /// Closes the gate of a volume; `None` if it has none.
     pub(super) fn end_gate(&self, name: &str, force: bool) -> Option<Result<PathBuf>> {
-        let gate = self.gates.lock().get(name).map(|(gate, _)| Arc::clone(gate))?;
+        let lost = self.lost_gates.lock().iter().position(|lost| lost.volume == name);
+        if let Some(lost) = lost {
+            return Some(Ok(self.lost_gates.lock().swap_remove(lost).path));
+        }
+        let gate = self.gates.lock().get(name).map(|open| Arc::clone(&open.gate))?;
         let sessions = gate.sessions();
         if let Some(session) = sessions.first()
             && !force
@@ -122,10 +154,10 @@ impl Server {
     /// Gates for `status`.
     pub(super) fn gate_status(&self) -> Vec<GateStatus> {
         let gates = self.gates.lock();
-        let status = |(name, (gate, _)): (&String, &(Arc<Gate>, Access))| GateStatus {
+        let status = |(name, open): (&String, &Opened)| GateStatus {
             volume: name.clone(),
-            path: gate.path().display().to_string(),
-            clients: gate.sessions().iter().map(|s| ClientStatus { pid: s.pid, uid: s.uid }).collect(),
+            path: open.gate.path().display().to_string(),
+            clients: open.gate.sessions().iter().map(|s| ClientStatus { pid: s.pid, uid: s.uid }).collect(),
         };
         gates.iter().map(status).collect()
     }
@@ -134,16 +166,18 @@ impl Server {
     pub(super) fn gates_to_note(&self) -> Vec<RuntimeGate> {
         let volumes = self.engine.volumes();
         let gates = self.gates.lock();
-        let note = |(name, (gate, access)): (&String, &(Arc<Gate>, Access))| {
+        let note = |(name, open): (&String, &Opened)| {
+            let access = open.gate.access();
             Some(RuntimeGate {
                 volume: name.clone(),
                 volume_uuid: volumes.iter().find(|v| v.name == *name)?.uuid,
-                path: gate.path().to_owned(),
-                users: access.users.clone(),
-                groups: access.groups.clone(),
+                path: open.gate.path().to_owned(),
+                users: access.users,
+                groups: access.groups,
             })
         };
-        gates.iter().filter_map(note).collect()
+        let open = gates.iter().filter_map(note);
+        open.chain(self.lost_gates.lock().iter().cloned()).collect()
     }
 }
 

@@ -92,7 +92,7 @@ fn open(registry: &Registry, stage: Uuid, accept_loss: bool, supervisor: Option<
     server.set_supervisor(supervisor);
     let server = Arc::new(server);
     server.recover_devices()?;
-    server.recover_gates(&gates);
+    server.recover_gates(gates);
     server.note_runtime();
     Ok(server)
 }

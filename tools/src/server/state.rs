@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
-use tidegate_driver::bytes::gate::{Access, Gate};
 use tidegate_driver::bytes::ties::Ties;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::VolumeInfo;
@@ -16,9 +15,10 @@ use tidegate_driver::io::{Disk, FileDisk};
 use uuid::Uuid;
 
 use super::devices::{Attached, Waiting};
+use super::gates::Opened;
 use super::namespace::open_exclusive;
 use crate::engine::{self, Engine, EngineConfig, NewVolume};
-use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, StageDir, boot_id};
+use crate::registry::{Entry, Registry, Runtime, RuntimeDevice, RuntimeGate, StageDir, boot_id};
 
 /// A stage with its engine open, in this process.
 ///
@@ -36,7 +36,9 @@ pub struct Server {
     /// Devices that could not be taken over yet.
     pub(super) waiting: Mutex<BTreeMap<String, Waiting>>,
     /// Volumes that are byte devices.
-    pub(super) gates: Mutex<BTreeMap<String, (Arc<Gate>, Access)>>,
+    pub(super) gates: Mutex<BTreeMap<String, Opened>>,
+    /// Those of a server that died and that could not be opened yet.
+    pub(super) lost_gates: Mutex<Vec<RuntimeGate>>,
     pub(super) ties: Arc<Ties>,
     backings: Mutex<BTreeMap<VolumeId, Arc<FileDisk>>>,
     /// Nothing more is accepted.
@@ -121,6 +123,7 @@ impl Server {
             attached: Mutex::default(),
             waiting: Mutex::default(),
             gates: Mutex::default(),
+            lost_gates: Mutex::default(),
             ties: Arc::default(),
             backings: backings.into(),
             ending: AtomicBool::new(false),
@@ -182,7 +185,7 @@ impl Server {
 
     /// Refuses a volume that is attached.
     pub(super) fn free(&self, name: &str) -> Result<()> {
-        if let Some((gate, _)) = self.gates.lock().get(name) {
+        if let Some(Opened { gate, .. }) = self.gates.lock().get(name) {
             let what = format!(
                 "volume '{name}' is attached as byte device {}: detach it first",
                 gate.path().display()
@@ -237,6 +240,9 @@ impl Server {
             ));
         }
         self.engine.resize_volume(volume.id, bytes)?;
+        if let Some(open) = self.gates.lock().get(name) {
+            open.gate.nudge();
+        }
         device.map_or(Ok(()), |d| d.lock().resize(bytes))
     }
 
