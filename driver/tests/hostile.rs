@@ -26,23 +26,24 @@ use zerocopy::{FromBytes, IntoBytes};
 /// A client without the library.
 struct Raw {
     socket: UnixStream,
+    bell: std::fs::File,
     memory: SharedMap,
     layout: RingLayout,
 }
 
-fn welcome_of(socket: &UnixStream) -> (WelcomeImage, Option<OwnedFd>) {
+fn welcome_of(socket: &UnixStream) -> (WelcomeImage, Vec<OwnedFd>) {
     let mut bytes = [0; size_of::<WelcomeImage>()];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 2]);
     let mut parts = [IoSliceMut::new(&mut bytes)];
     let message =
         recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
-    let mut fd = None;
+    let mut fd: Vec<OwnedFd> = Vec::new();
     for control in message.cmsgs().unwrap() {
         if let ControlMessageOwned::ScmRights(fds) = control {
             #[expect(unsafe_code, reason = "descriptors come as numbers")]
-            // SAFETY: the kernel has just made this descriptor for us.
-            let own = unsafe { OwnedFd::from_raw_fd(fds[0]) };
-            fd = Some(own);
+            // SAFETY: the kernel has just made these descriptors for us.
+            let own = unsafe { fds.into_iter().map(|fd| OwnedFd::from_raw_fd(fd)).collect() };
+            fd = own;
         }
     }
     let len = message.bytes;
@@ -57,12 +58,13 @@ impl Raw {
         let (welcome, fd) = welcome_of(&socket);
         assert_eq!(welcome.errno.get(), 0, "{}", text_of(&welcome.message));
         let layout = RingLayout::new(welcome.depth.get(), welcome.arena_bytes.get()).unwrap();
-        let memory = SharedMap::open(fd.unwrap(), layout.memory_bytes()).unwrap();
-        Raw { socket, memory, layout }
+        let [memory, bell] = <[OwnedFd; 2]>::try_from(fd).unwrap();
+        let memory = SharedMap::open(memory, layout.memory_bytes()).unwrap();
+        Raw { socket, bell: bell.into(), memory, layout }
     }
 
     fn ring(&self) -> bool {
-        (&self.socket).write_all(&[1]).is_ok()
+        (&self.bell).write_all(&1u64.to_ne_bytes()).is_ok()
     }
 }
 
@@ -98,7 +100,7 @@ fn greetings_that_make_no_sense_are_refused_with_words() {
         (&socket).write_all(hello.as_bytes()).unwrap();
         let (welcome, fd) = welcome_of(&socket);
         assert_eq!(welcome.errno.get(), errno);
-        assert!(text_of(&welcome.message).len() > 20 && fd.is_none());
+        assert!(text_of(&welcome.message).len() > 20 && fd.is_empty());
     };
     let good = HelloImage::new(0, 0);
     refused(&HelloImage { magic: *b"GET / HT", ..good }, nix::libc::EPROTO);

@@ -387,7 +387,7 @@ ssize_t tg_reap(struct tg_device *device, struct tg_completion *completions, siz
 
 /**
  * Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. 0: none
- * is, or the handle is wrong (errno is set then). Costs about as much as reading a variable; never goes back.
+ * is, or the handle is wrong (errno is set then). Reads shared memory only, so it is cheap; never goes back.
  */
 tg_ticket tg_accepted(struct tg_device *device);
 
@@ -449,8 +449,8 @@ int tg_flush(struct tg_device *device);
  * An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
  * position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.
  *
- * -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log
- * that was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
+ * -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EEXIST: there is something else (see TG_LOG_FORMAT); -EINVAL: a
+ * log of another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
  */
 int tg_log_open(struct tg_device *device, uint64_t base, uint64_t length, int flags, struct tg_log **log);
 

@@ -17,8 +17,8 @@ use crate::memory;
 /// An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
 /// position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.
 ///
-/// -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EINVAL: there is something else (see TG_LOG_FORMAT), or a log
-/// that was made with another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
+/// -ENOENT: there is no log, but zeroes (see TG_LOG_CREATE); -EEXIST: there is something else (see TG_LOG_FORMAT); -EINVAL: a
+/// log of another length, or the range is wrong; -EPROTONOSUPPORT: a newer version made it; -EIO: it is damaged.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tg_log_open(
     device: *mut tg_device,

@@ -41,7 +41,6 @@ const UNSAFE: &[&str] = &[
     "driver/src/io/peer.rs",
     "driver/src/io/shared_map.rs",
     "driver/src/io/uring.rs",
-    "driver/src/io/uring/bell.rs",
     "driver/src/io/uring/tests.rs",
     "driver/src/io/uring/waker.rs",
     "driver/src/stage/arena.rs",

@@ -20,11 +20,11 @@ use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
+use self::store::{check, failure_of};
 use self::wait::Waiting;
 use self::watch::Watch;
 use super::{Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
 use crate::format::byte_ring::{ACCEPTED, DURABLE_UP_TO, RingLayout, VOLUME_BYTES};
-use crate::format::volume_entry::AckLevel;
 use crate::io::SharedMap;
 
 /// What a client asks for.
@@ -64,7 +64,7 @@ fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
 impl Device {
     /// Opens a session with the volume `target`, which is a name or the path of a socket (with a `/`).
     pub fn open(target: &str, options: &Options) -> Result<Device> {
-        let Connected { socket, memory, layout, session, mut info } =
+        let Connected { socket, bell, memory, layout, session, mut info } =
             connect::connect(target, options.depth, options.arena_bytes)?;
         let parts = Parts::of(layout.arena_bytes);
         let watch = Watch::new(&socket).map_err(|e| {
@@ -76,7 +76,7 @@ impl Device {
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
             slot_back: Condvar::new(),
-            waiting: Waiting::new(socket),
+            waiting: Waiting::new(socket, bell),
             watch,
             memory,
             layout,
@@ -160,7 +160,7 @@ impl Device {
         let mut submitter = self.submitter.lock();
         if !submitter.has_room(&self.memory, &self.layout, batch.len()) {
             drop(submitter);
-            self.waiting.listen();
+            self.waiting.look();
             self.attend();
             return Err(self.waiting.gone().cloned().unwrap_or_else(|| {
                 Failure::new(libc::EAGAIN, "the submission ring is full: take completions, then try again")
@@ -186,9 +186,8 @@ impl Device {
 
     /// Takes what is in the completion ring, then does this with it.
     fn collect_and<T>(&self, then: impl FnOnce(&mut Reaper) -> T) -> T {
-        let tail = self.submitter.lock().tail;
         let mut reaper = self.reaper.lock();
-        let wake = reaper.collect(&self.memory, &self.layout, || tail);
+        let wake = reaper.collect(&self.memory, &self.layout);
         let slots = std::mem::take(&mut reaper.slots);
         let outcome = then(&mut reaper);
         self.watch.tell(!reaper.ready.is_empty());
@@ -239,7 +238,7 @@ impl Device {
         }
         if timeout == Some(Duration::ZERO) {
             // For those who wait at the descriptor: from now on it tells.
-            self.waiting.listen();
+            self.waiting.look();
             self.waiting.announce(&self.memory);
             return match (take(into), self.waiting.gone()) {
                 (Some(count), _) => Ok(count),
@@ -271,40 +270,45 @@ impl Device {
         Ticket::new(self.session, self.memory.word(DURABLE_UP_TO).load(Ordering::Acquire))
     }
 
-    /// Waits until every change up to `ticket` is durable. Says it if a write of [`Device::write_async`] has failed since
-    /// this was last asked.
+    /// Waits until every change up to `ticket` is durable. Fails from then on if a write of [`Device::write_async`] up to
+    /// `ticket` has failed: a session with such a hole is done with, a new one begins without.
     pub fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
         let submitted = self.submitter.lock().tail;
         if ticket.session() != self.session || !(1..=submitted).contains(&ticket.sequence()) {
             let what = format!("ticket {:#x} is none of this session's", ticket.0);
             return Err(Failure::new(libc::EINVAL, what));
         }
-        let deadline = deadline_of(timeout);
-        let is_durable = || (self.durable() >= ticket).then_some(());
-        let outcome = match self.info.ack {
-            // On its way already.
-            AckLevel::Log => {
-                let done = || {
-                    self.collect();
-                    is_durable().or_else(|| self.reaper.lock().failed.map(drop))
-                };
-                self.until(deadline, done)?.map(|()| 0)
-            }
-            AckLevel::Memory if is_durable().is_some() => Some(0),
-            AckLevel::Memory => {
-                self.request(Operation::Flush, 0, (0, 0), deadline)?.map(|completion| completion.result)
-            }
+        let flushed = if self.durable() >= ticket {
+            Some(0)
+        } else {
+            let deadline = deadline_of(timeout);
+            self.request(Operation::Flush, 0, (0, 0), deadline)?.map(|completion| completion.result)
         };
-        self.collect();
-        if let Some(failed) = self.reaper.lock().failed.take() {
+        // A refusal is there before the words pass it.
+        if let Some(failed) =
+            self.collect_and(|reaper| reaper.failed).filter(|failed| failed.ticket <= ticket)
+        {
             let what = format!("the write with ticket {:#x} failed", failed.ticket.0);
             return Err(failure_of(failed.result, &what));
         }
-        match outcome {
+        match flushed {
             None => Err(Failure::new(libc::ETIMEDOUT, "not durable within the time given")),
             Some(0) => Ok(()),
             Some(result) => Err(failure_of(result, "the flush failed")),
         }
+    }
+
+    /// Waits until `count` requests can be submitted; `false` after the timeout. What has completed is there for
+    /// [`Device::reap`], and has to be taken: the server stops at as many as the completion ring holds.
+    pub fn wait_for_room(&self, count: usize, timeout: Option<Duration>) -> Result<bool> {
+        if count > self.layout.depth as usize {
+            return Err(Failure::new(libc::EINVAL, format!("the ring has room for {}", self.layout.depth)));
+        }
+        let has_room = || {
+            self.collect();
+            self.submitter.lock().has_room(&self.memory, &self.layout, count).then_some(())
+        };
+        Ok(self.until(deadline_of(timeout), has_room)?.is_some())
     }
 
     /// Writes `parts`, one after the other, as one record; returns when the volume's ack level is reached (or it is
@@ -549,18 +553,4 @@ impl Device {
             }
         }
     }
-}
-
-fn failure_of(result: i32, what: &str) -> Failure {
-    let errno = result.checked_neg().filter(|errno| (1..4096).contains(errno)).unwrap_or(libc::EIO);
-    let why = match errno {
-        libc::ERANGE => "the range is not within the volume".to_owned(),
-        libc::ECANCELED => "a request that it names never came".to_owned(),
-        errno => std::io::Error::from_raw_os_error(errno).to_string(),
-    };
-    Failure::new(errno, format!("{what}: {why}"))
-}
-
-fn check(completion: &Completion, what: impl Fn() -> String) -> Result<()> {
-    if completion.result == 0 { Ok(()) } else { Err(failure_of(completion.result, &what())) }
 }

@@ -9,20 +9,23 @@
 //! behind its back.
 //!
 //! Ownership: one thread accepts; sessions are entered and removed under `sessions`. [`Gate::close`] ends them all and
-//! waits for their threads.
+//! waits until none is left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen};
+use nix::sys::stat::{Mode, fchmod};
 use parking_lot::{Condvar, Mutex};
 
 use super::serve::{self, Setup};
@@ -34,6 +37,10 @@ use crate::volume::{Engine, Wake};
 
 /// Most sessions of a volume.
 const SESSIONS_MAX: usize = 64;
+/// How often it is looked whether there is room again.
+const FULL_LOOK_MS: u16 = 100;
+/// After an error for want of memory or descriptors.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Who may come in besides root and the server's own user.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,21 +77,41 @@ pub struct SessionInfo {
     pub uid: u32,
 }
 
+/// Says something at most every so often: clients must not fill the log.
+#[derive(Debug, Default)]
+pub(super) struct Seldom(Mutex<Option<(Instant, u64)>>);
+
+const SELDOM: Duration = Duration::from_secs(10);
+
+impl Seldom {
+    /// A client of volume `name` was turned away, because of `why`.
+    pub fn say(&self, name: &str, why: &str) {
+        let mut last = self.0.lock();
+        match &mut *last {
+            Some((when, kept_back)) if when.elapsed() < SELDOM => *kept_back += 1,
+            other => {
+                let before = other.map_or(0, |(_, kept_back)| kept_back);
+                tracing::warn!("volume '{name}': a byte client was turned away ({before} before it): {why}");
+                *other = Some((Instant::now(), 0));
+            }
+        }
+    }
+}
+
 struct Entry {
     info: SessionInfo,
     wake: Option<Arc<dyn Wake>>,
     stream: UnixStream,
-    thread: Option<JoinHandle<()>>,
 }
 
 struct Inside {
     engine: Arc<Engine>,
     ties: Arc<Ties>,
     volume: VolumeId,
-    access: Access,
+    access: Mutex<Access>,
+    turned_away: Arc<Seldom>,
     stop: AtomicBool,
     sessions: Mutex<BTreeMap<u64, Entry>>,
-    /// A session was removed.
     ended: Condvar,
 }
 
@@ -92,6 +119,8 @@ struct Inside {
 pub struct Gate {
     inside: Arc<Inside>,
     path: PathBuf,
+    /// Device and inode of the socket, so that nothing else is removed in its place.
+    identity: Option<(u64, u64)>,
     bell: UnixStream,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -107,15 +136,14 @@ impl Gate {
     ) -> Result<Gate> {
         let context = |what: &str| format!("cannot {what} the socket {}", path.display());
         let listener = listen_at(path)?;
-        let mode = if access.is_private() { 0o600 } else { 0o666 };
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
-            .map_err(|e| Error::io(context("set the mode of"), e))?;
+        set_mode(path, &access)?;
         let (bell, ended) = UnixStream::pair().map_err(|e| Error::io(context("set up"), e))?;
         let inside = Arc::new(Inside {
             engine,
             ties,
             volume,
-            access,
+            access: Mutex::new(access),
+            turned_away: Arc::default(),
             stop: AtomicBool::new(false),
             sessions: Mutex::default(),
             ended: Condvar::new(),
@@ -127,7 +155,8 @@ impl Gate {
                 .spawn(move || inside.accept(&listener, &ended))
                 .map_err(|e| Error::io(context("start a thread for"), e))?
         };
-        Ok(Gate { inside, path: path.to_owned(), bell, thread: Mutex::new(Some(thread)) })
+        let identity = identity_of(path);
+        Ok(Gate { inside, path: path.to_owned(), identity, bell, thread: Mutex::new(Some(thread)) })
     }
 
     /// Path of the socket.
@@ -136,31 +165,56 @@ impl Gate {
         &self.path
     }
 
+    /// Who may come in.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.inside.access.lock().clone()
+    }
+
+    /// Changes who may come in from now on.
+    pub fn set_access(&self, access: Access) -> Result<()> {
+        set_mode(&self.path, &access)?;
+        *self.inside.access.lock() = access;
+        Ok(())
+    }
+
     /// Who is in.
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionInfo> {
         self.inside.sessions.lock().values().map(|entry| entry.info.clone()).collect()
     }
 
-    /// Lets nobody in any more and ends all sessions: what they have begun is carried out first. Blocks.
+    /// Has the sessions look again at what they tell their clients: the size of the volume has changed.
+    pub fn nudge(&self) {
+        self.inside
+            .sessions
+            .lock()
+            .values()
+            .filter_map(|entry| entry.wake.as_ref())
+            .for_each(|wake| wake.wake());
+    }
+
+    /// Lets nobody in any more and ends all sessions: what they have begun is carried out first. Blocks until the last is
+    /// over, whoever else has called it before.
     pub fn close(&self) {
         self.inside.stop.store(true, Ordering::Release);
         let _ = (&self.bell).write_all(&[1]);
         if let Some(thread) = self.thread.lock().take() {
             let _ = thread.join();
-            let _ = fs::remove_file(&self.path);
-        }
-        let mut threads = Vec::new();
-        for entry in self.inside.sessions.lock().values_mut() {
-            match &entry.wake {
-                Some(wake) => wake.wake(),
-                // It waits for the greeting.
-                None => drop(entry.stream.shutdown(std::net::Shutdown::Both)),
+            if self.identity.is_some() && identity_of(&self.path) == self.identity {
+                let _ = fs::remove_file(&self.path);
             }
-            threads.extend(entry.thread.take());
         }
-        for thread in threads {
-            let _ = thread.join();
+        let mut sessions = self.inside.sessions.lock();
+        while !sessions.is_empty() {
+            for entry in sessions.values() {
+                match &entry.wake {
+                    Some(wake) => wake.wake(),
+                    // It waits for the greeting.
+                    None => drop(entry.stream.shutdown(std::net::Shutdown::Both)),
+                }
+            }
+            self.inside.ended.wait(&mut sessions);
         }
     }
 }
@@ -171,110 +225,156 @@ impl Drop for Gate {
     }
 }
 
-/// A socket at `path`. One that is there and answers belongs to somebody.
+/// Without a list the socket is closed to others; with one the list decides.
+fn set_mode(path: &Path, access: &Access) -> Result<()> {
+    let mode = if access.is_private() { 0o600 } else { 0o666 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .map_err(|e| Error::io(format!("cannot set the mode of the socket {}", path.display()), e))
+}
+
+fn identity_of(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+/// A socket at `path`. One that is there and answers belongs to somebody, and so does what is no socket.
 fn listen_at(path: &Path) -> Result<UnixListener> {
     let context = |what: &str| format!("cannot {what} the socket {}", path.display());
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).map_err(|e| Error::io(context("make the folder of"), e))?;
+    if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
+        // For others to come in, whatever this process's umask is.
+        let made = fs::create_dir_all(dir)
+            .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o755)));
+        made.map_err(|e| Error::io(context("make the folder of"), e))?;
     }
-    match UnixStream::connect(path) {
-        Ok(_) => {
-            let what = format!(
-                "{} is in use by another server: a volume of the same name may be attached from another state directory",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::Busy, what));
+    let is_socket = fs::symlink_metadata(path).map(|m| m.file_type().is_socket());
+    match is_socket {
+        Ok(false) => {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("{} is no socket: move it away", path.display()),
+            ));
         }
-        Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|e| Error::io(context("remove what is left of"), e))?;
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::io(context("look at"), e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(context("look at"), e)),
+        Err(_) => {}
+        Ok(true) => match UnixStream::connect(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(|e| Error::io(context("remove what is left of"), e))?;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(context("look at"), e)),
+            Ok(_) => {
+                let what = format!(
+                    "{} is in use by another server: a volume of the same name may be attached from another state directory",
+                    path.display()
+                );
+                return Err(Error::new(ErrorKind::Busy, what));
+            }
+        },
     }
-    // Closed to others until its mode is set.
-    let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    nix::sys::stat::umask(before);
-    listener.map_err(|e| Error::io(context("listen at"), e))
+    bind_closed(path).map_err(|e| Error::io(context("listen at"), e.into()))
+}
+
+/// A socket that only its owner can use from the first moment on: Linux takes its mode from that of the descriptor.
+fn bind_closed(path: &Path) -> nix::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
+}
+
+/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
+/// told of its death.
+fn is_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 impl Inside {
     fn accept(self: &Arc<Inside>, listener: &UnixListener, ended: &UnixStream) {
         let mut next = 0;
         loop {
-            let mut fds = [
-                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-                PollFd::new(ended.as_fd(), PollFlags::POLLIN),
-            ];
-            if poll(&mut fds, PollTimeout::NONE).is_err() {
-                std::thread::sleep(std::time::Duration::from_millis(10));
+            // With all sessions taken, further clients wait outside.
+            let is_full = self.sessions.lock().len() >= SESSIONS_MAX;
+            let mut fds = vec![PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+            if !is_full {
+                fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+            }
+            let timeout = if is_full { PollTimeout::from(FULL_LOOK_MS) } else { PollTimeout::NONE };
+            if poll(&mut fds, timeout).is_err() {
+                std::thread::sleep(PAUSE);
             }
             if self.stop.load(Ordering::Acquire) {
                 let _ = (&mut &*ended).read(&mut [0]);
                 return;
             }
+            if is_full {
+                continue;
+            }
             match listener.accept() {
                 Ok((stream, _)) => {
                     next += 1;
-                    self.admit(next, stream);
+                    self.let_in(next, stream);
                 }
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(e) => {
-                    tracing::warn!("a byte client cannot be let in: {e}");
-                    std::thread::sleep(std::time::Duration::from_millis(10));
+                    self.turned_away.say(&self.volume.to_string(), &e.to_string());
+                    std::thread::sleep(PAUSE);
                 }
             }
         }
     }
 
-    /// Lets a client in, or tells it why not.
-    fn admit(self: &Arc<Inside>, number: u64, stream: UnixStream) {
-        let refuse = |errno: i32, why: &str| serve::refuse(&stream, errno, why);
-        let peer = match peer_of(&stream) {
-            Ok(peer) => peer,
-            Err(e) => return refuse(libc::EACCES, &format!("the kernel does not say who you are: {e}")),
-        };
-        if !self.access.admits(&peer, nix::unistd::geteuid().as_raw()) {
-            tracing::warn!("user {} (process {}) is not on the list of a byte door", peer.uid, peer.pid);
-            return refuse(
-                libc::EACCES,
-                &format!("user {} may not use this volume: attach it with --allow", peer.uid),
-            );
-        }
-        let Some(volume) = self.engine.volumes().into_iter().find(|v| v.id == self.volume) else {
-            return refuse(libc::ENOENT, "the volume is gone");
-        };
-        let setup = Setup {
-            engine: self.engine.clone(),
-            ties: self.ties.clone(),
-            volume,
-            stage_uuid: self.engine.stage_uuid(),
-            arena_bytes_max: ARENA_BYTES_MAX / SESSIONS_MAX as u32 * 8,
-        };
-        let shared = match stream.try_clone() {
-            Ok(shared) => shared,
-            Err(e) => return refuse(libc::EMFILE, &format!("the server has no descriptor to spare: {e}")),
+    /// Gives a client a thread, where everything else is done: this one must not wait for any client, nor for what one
+    /// leaves behind.
+    fn let_in(self: &Arc<Inside>, number: u64, stream: UnixStream) {
+        let peer = peer_of(&stream).unwrap_or(Peer { pid: 0, uid: u32::MAX, gids: Vec::new() });
+        let Ok(shared) = stream.try_clone() else {
+            self.turned_away.say(&self.volume.to_string(), "no descriptor to spare");
+            return;
         };
         let mut sessions = self.sessions.lock();
-        if sessions.len() >= SESSIONS_MAX {
-            return refuse(libc::EAGAIN, &format!("the volume has {SESSIONS_MAX} sessions: close one first"));
-        }
         let info = SessionInfo { pid: peer.pid, uid: peer.uid };
         let gone: BTreeSet<u64> =
             sessions.iter().filter(|(_, entry)| is_gone(&entry.stream)).map(|(number, _)| *number).collect();
         let inside = self.clone();
         let spawned = std::thread::Builder::new().name("byte-session".into()).spawn(move || {
-            let enter = |wake| inside.enter(number, wake);
             inside.wait_for_the_end_of(&gone);
-            serve::run(&setup, &stream, &inside.stop, enter);
-            inside.sessions.lock().remove(&number);
+            inside.host(number, &stream, &peer);
+            let entry = inside.sessions.lock().remove(&number);
             inside.ended.notify_all();
+            // Last, and not under the lock: what a client has left in its socket may take long to close.
+            drop((entry, stream));
         });
         match spawned {
-            Ok(thread) => {
-                sessions.insert(number, Entry { info, wake: None, stream: shared, thread: Some(thread) });
-            }
-            Err(e) => serve::refuse(&shared, libc::EAGAIN, &format!("the server cannot start a thread: {e}")),
+            Ok(_) => drop(sessions.insert(number, Entry { info, wake: None, stream: shared })),
+            Err(e) => self.turned_away.say(&self.volume.to_string(), &format!("no thread: {e}")),
         }
+    }
+
+    fn host(self: &Arc<Inside>, number: u64, stream: &UnixStream, peer: &Peer) {
+        let Some(volume) = self.engine.volumes().into_iter().find(|v| v.id == self.volume) else {
+            return serve::refuse(stream, libc::ENOENT, "the volume is gone");
+        };
+        let setup = Setup {
+            engine: self.engine.clone(),
+            ties: self.ties.clone(),
+            volume,
+            turned_away: self.turned_away.clone(),
+            arena_bytes_max: ARENA_BYTES_MAX / 8,
+        };
+        let admit = || {
+            if self.access.lock().admits(peer, nix::unistd::geteuid().as_raw()) {
+                return Ok(());
+            }
+            let who = format!(
+                "user {} may not use this volume: attach it with --allow user:{}",
+                peer.uid, peer.uid
+            );
+            Err((libc::EACCES, who))
+        };
+        serve::run(&setup, stream, &self.stop, admit, |wake| self.enter(number, wake));
     }
 
     /// Each of them waits only for older ones, so this comes to an end when their requests do.
@@ -293,12 +393,4 @@ impl Inside {
             wake.wake();
         }
     }
-}
-
-/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
-/// told of its death.
-fn is_gone(stream: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
-    let _ = poll(&mut fds, PollTimeout::ZERO);
-    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }

@@ -1,28 +1,28 @@
 //! The thread of a session: greets the client, then serves its rings until the client is gone or the session is ended.
 //!
 //! One round: feed every event at hand to the door; take submissions; end the batch; tell the client; sleep if there is
-//! nothing to take. The thread never waits for the client: it sends without blocking, and its ring reads the socket.
+//! nothing to take. The thread never waits for the client: it sends without blocking, and only polls what it can write to.
 
 use std::io::{IoSlice, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::gate::Seldom;
 use super::session::{Next, Progress, Session};
 use super::ties::Ties;
-use crate::base::{Lsn, Result};
-use crate::format::byte_ring::{
-    HELLO_MAGIC, HelloImage, RingLayout, WELCOME_MAGIC, WIRE_VERSION, WelcomeImage, put_text,
-};
+use crate::base::{Error, ErrorKind, Lsn, Result};
+use crate::format::byte_ring::{HELLO_MAGIC, HelloImage, RingLayout, WIRE_VERSION, WelcomeImage, put_text};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::uring::{Event, Reactor};
 use crate::io::{Errno, Op, SharedMap};
-use crate::volume::{Door, DoorIo, Engine, VolumeDoor, Wake};
+use crate::volume::{Door, DoorIo, Engine, RequestKind, VolumeDoor, Wake};
 
 /// How long a client may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
@@ -31,13 +31,15 @@ const DEPTH: u32 = 128;
 const ARENA_BYTES: u32 = 8 << 20;
 /// Submissions fed between two looks at everything else.
 const FEED_MAX: u32 = 64;
+/// Bytes of payload among them.
+const FEED_BYTES_MAX: u64 = 1 << 20;
 
 /// What a session is made of.
 pub(super) struct Setup {
     pub engine: Arc<Engine>,
     pub ties: Arc<Ties>,
     pub volume: VolumeInfo,
-    pub stage_uuid: uuid::Uuid,
+    pub turned_away: Arc<Seldom>,
     /// Largest arena that a client gets.
     pub arena_bytes_max: u32,
 }
@@ -71,6 +73,9 @@ impl DoorIo for Io {
     }
 }
 
+/// A refusal is an errno and words.
+type Refusable<T> = std::result::Result<T, (i32, String)>;
+
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -83,13 +88,9 @@ enum End {
 }
 
 /// The greeting of a client, or why there is none, as an errno and words.
-fn greeting(stream: &UnixStream) -> std::result::Result<HelloImage, (i32, String)> {
+fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
     let mut bytes = [0; size_of::<HelloImage>()];
-    let received = stream
-        .set_read_timeout(Some(GREETING_PATIENCE))
-        .and_then(|()| (&mut &*stream).read_exact(&mut bytes))
-        .and_then(|()| stream.set_read_timeout(None));
-    received.map_err(|e| (libc::EPROTO, format!("no greeting came: {e}")))?;
+    read_within(stream, &mut bytes).map_err(|e| (libc::EPROTO, format!("no greeting came: {e}")))?;
     let hello = HelloImage::read_from_bytes(&bytes).expect("of its size");
     if hello.magic != HELLO_MAGIC {
         return Err((
@@ -111,8 +112,28 @@ fn greeting(stream: &UnixStream) -> std::result::Result<HelloImage, (i32, String
     Ok(hello)
 }
 
+/// Fills `bytes` from a client that may take [`GREETING_PATIENCE`] for all of it together.
+fn read_within(mut stream: &UnixStream, bytes: &mut [u8]) -> std::io::Result<()> {
+    let deadline = Instant::now() + GREETING_PATIENCE;
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
 /// The sizes that a client gets.
-fn layout_for(hello: &HelloImage, arena_bytes_max: u32) -> std::result::Result<RingLayout, (i32, String)> {
+fn layout_for(hello: &HelloImage, arena_bytes_max: u32) -> Refusable<RingLayout> {
     let or = |value: u32, default: u32| if value == 0 { default } else { value };
     let depth = or(hello.depth.get(), DEPTH);
     let arena_bytes = or(hello.arena_bytes.get(), ARENA_BYTES.min(arena_bytes_max));
@@ -131,20 +152,19 @@ pub(super) fn refuse(stream: &UnixStream, errno: i32, why: &str) {
     let _ = send(stream.as_raw_fd(), image.as_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-fn welcome(stream: &UnixStream, setup: &Setup, io: &Io, layout: RingLayout, memory: &SharedMap) -> bool {
+fn welcome(stream: &UnixStream, setup: &Setup, opened: &Opened, layout: RingLayout) -> bool {
     let mut image = WelcomeImage::refusal(0, "");
-    image.magic = WELCOME_MAGIC;
-    image.session = u32::from(io.session.number()).into();
+    image.session = u32::from(opened.io.session.number()).into();
     image.depth = layout.depth.into();
     image.arena_bytes = layout.arena_bytes.into();
     image.write_bytes_max = setup.engine.request_bytes_max().into();
     image.memory_bytes = (layout.memory_bytes() as u64).into();
-    image.volume_bytes = setup.volume.size_bytes.into();
+    image.volume_bytes = opened.door.volume_bytes().into();
     image.ack = setup.volume.ack.code();
-    image.stage_uuid = *setup.stage_uuid.as_bytes();
+    image.stage_uuid = *setup.engine.stage_uuid().as_bytes();
     image.volume_uuid = *setup.volume.uuid.as_bytes();
     put_text(&mut image.name, &setup.volume.name);
-    let fds = [memory.fd().as_raw_fd()];
+    let fds = [opened.memory.fd().as_raw_fd(), opened.bell.as_raw_fd()];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let sent = sendmsg::<()>(
         stream.as_raw_fd(),
@@ -161,33 +181,63 @@ fn ring(stream: &UnixStream) {
     let _ = send(stream.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-/// The thread's body. `started` is told how to wake it.
+/// Ends the process when dropped while its thread panics: the log write of everybody may be this thread's. Release builds
+/// abort on any panic anyway.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+/// The thread's body. `admit` says whether the client may come in, once it has greeted; `started` is told how to wake the
+/// thread. What the client has sent beside its greeting goes with the socket, after the session.
 pub(super) fn run(
     setup: &Setup,
     stream: &UnixStream,
     stop: &AtomicBool,
+    admit: impl FnOnce() -> std::result::Result<(), (i32, String)>,
     started: impl FnOnce(Arc<dyn Wake>),
 ) {
-    let layout = match greeting(stream).and_then(|hello| layout_for(&hello, setup.arena_bytes_max)) {
+    let _abort = AbortOnPanic;
+    let greeted =
+        greeting(stream).and_then(|hello| admit().and_then(|()| layout_for(&hello, setup.arena_bytes_max)));
+    let layout = match greeted {
         Ok(layout) => layout,
         Err((errno, why)) => {
-            tracing::info!("volume '{}': a byte client was turned away: {why}", setup.volume.name);
+            setup.turned_away.say(&setup.volume.name, &why);
             return refuse(stream, errno, &why);
         }
     };
-    let (mut io, mut door, memory) = match open(setup, stream, layout) {
-        Ok(opened) => opened,
+    let memory_bytes = layout.memory_bytes() as u64;
+    if !setup.ties.reserve(memory_bytes) {
+        return refuse(
+            stream,
+            libc::ENOMEM,
+            "the sessions of this stage have all the shared memory they may have",
+        );
+    }
+    match open(setup, stream, layout) {
+        Ok(opened) => {
+            started(Arc::new(opened.io.reactor.waker()));
+            live(setup, stream, stop, opened, layout);
+        }
         Err(e) => {
             tracing::warn!("volume '{}': no session for a byte client: {}", setup.volume.name, e.report());
-            return refuse(stream, libc::ENOMEM, &e.report());
+            refuse(stream, libc::ENOMEM, &e.report());
         }
-    };
-    started(Arc::new(io.reactor.waker()));
-    if !welcome(stream, setup, &io, layout, &memory) {
-        io.session.client_is_gone();
     }
-    let end = serve(&mut io, &mut door, stream, stop);
-    match end {
+    setup.ties.release(memory_bytes);
+}
+
+fn live(setup: &Setup, stream: &UnixStream, stop: &AtomicBool, mut opened: Opened, layout: RingLayout) {
+    if !welcome(stream, setup, &opened, layout) {
+        opened.io.session.client_is_gone();
+    }
+    match serve(&mut opened.io, &mut opened.door, stream, stop) {
         Err(e) => {
             // The door may hold a log write of everybody: as a queue of a block device, it takes the process with it.
             tracing::error!("a byte session cannot go on: {}; aborting, to be recovered", e.report());
@@ -196,25 +246,37 @@ pub(super) fn run(
         Ok(End::ClientGone) => {}
         Ok(End::Told) => refuse(stream, libc::ESHUTDOWN, "the volume was detached, or its server is ending"),
         Ok(End::Broken(what)) => {
-            tracing::warn!("volume '{}': a byte session was ended: {what}", setup.volume.name);
+            setup.turned_away.say(&setup.volume.name, what);
             refuse(stream, libc::EPROTO, &format!("the session was ended: {what}"));
         }
     }
     let _ = stream.shutdown(std::net::Shutdown::Both);
     // Its operations are over (see `serve`); the ring goes last.
-    drop(door);
+    drop(opened.door);
 }
 
-fn open(setup: &Setup, stream: &UnixStream, layout: RingLayout) -> Result<(Io, VolumeDoor, Arc<SharedMap>)> {
+/// A session that is set up.
+struct Opened {
+    io: Io,
+    door: VolumeDoor,
+    memory: Arc<SharedMap>,
+    bell: EventFd,
+}
+
+fn open(setup: &Setup, stream: &UnixStream, layout: RingLayout) -> Result<Opened> {
+    let io = |e: std::io::Error| Error::io("cannot set up a session", e);
     let memory = Arc::new(SharedMap::create(layout.memory_bytes())?);
     let mut reactor = Reactor::new(layout.depth * 2)?;
     let wake: Arc<dyn Wake> = Arc::new(reactor.waker());
     let door = setup.engine.door(setup.volume.id, wake.clone(), &mut reactor)?;
-    let socket: OwnedFd =
-        stream.try_clone().map_err(|e| crate::base::Error::io("cannot share a socket", e))?.into();
-    let number = setup.ties.begin(wake).ok_or_else(|| {
-        crate::base::Error::new(crate::base::ErrorKind::NoSpace, "all session numbers are used")
-    })?;
+    let line: OwnedFd = stream.try_clone().map_err(io)?.into();
+    let bell =
+        EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|e| io(e.into()))?;
+    reactor.listen_to(bell.as_fd().try_clone_to_owned().map_err(io)?, line);
+    let number = setup
+        .ties
+        .begin(wake)
+        .ok_or_else(|| Error::new(ErrorKind::NoSpace, "all session numbers are used"))?;
     let session = Session::new(
         number,
         memory.clone(),
@@ -223,8 +285,7 @@ fn open(setup: &Setup, stream: &UnixStream, layout: RingLayout) -> Result<(Io, V
         setup.ties.clone(),
         progress(&door),
     );
-    reactor.listen_to(socket);
-    Ok((Io { session, reactor }, door, memory))
+    Ok(Opened { io: Io { session, reactor }, door, memory, bell })
 }
 
 fn progress(door: &VolumeDoor) -> Progress {
@@ -232,11 +293,22 @@ fn progress(door: &VolumeDoor) -> Progress {
     Progress { published, durable, volume_bytes: door.volume_bytes() }
 }
 
-/// Takes what is in the ring, a bounded number of submissions. What stopped it.
+/// Takes what is in the ring, a bounded part of it. What stopped it.
 fn feed(io: &mut Io, door: &mut VolumeDoor) -> Next {
+    io.session.refresh(progress(door));
+    let mut bytes = 0;
     for _ in 0..FEED_MAX {
         match io.session.next() {
-            Next::Request(request) => door.request(request, io),
+            Next::Request(request) => {
+                if matches!(request.kind, RequestKind::Read | RequestKind::Write) {
+                    bytes += request.len;
+                }
+                door.request(request, io);
+                // The log write that this thread may have in flight is everybody's: its end is not to wait for long.
+                if bytes >= FEED_BYTES_MAX {
+                    return Next::Again;
+                }
+            }
             Next::Again => {}
             stopped => return stopped,
         }
@@ -244,23 +316,29 @@ fn feed(io: &mut Io, door: &mut VolumeDoor) -> Next {
     Next::Again
 }
 
+/// Takes events; whether the client is known to be gone.
+fn take_events(io: &mut Io, door: &mut VolumeDoor) -> bool {
+    let (mut woken, mut gone) = (false, false);
+    while let Some(event) = io.reactor.next_event() {
+        match event {
+            Event::Op(done) => door.op_done(done, io),
+            Event::Wake => woken = true,
+            Event::Bell { closed } => gone |= closed,
+            Event::Raw { .. } => {}
+        }
+    }
+    if woken {
+        door.woken(io);
+    }
+    gone
+}
+
 fn serve(io: &mut Io, door: &mut VolumeDoor, stream: &UnixStream, stop: &AtomicBool) -> Result<End> {
     let mut end = None;
     let mut client_gone = false;
     loop {
-        let mut woken = false;
-        while let Some(event) = io.reactor.next_event() {
-            match event {
-                Event::Op(done) => door.op_done(done, io),
-                Event::Wake => woken = true,
-                Event::Bell { closed } => client_gone |= closed,
-                Event::Raw { .. } => {}
-            }
-        }
-        if woken {
-            door.woken(io);
-        }
-        if client_gone {
+        if take_events(io, door) {
+            client_gone = true;
             io.session.client_is_gone();
         }
         if end.is_none() && stop.load(Ordering::Acquire) {
@@ -271,17 +349,21 @@ fn serve(io: &mut Io, door: &mut VolumeDoor, stream: &UnixStream, stop: &AtomicB
         if io.session.tell(progress(door)) {
             ring(stream);
         }
+        // What a held submission waits for may have come about since it was looked at; if not, somebody has to say so.
+        let held = next == Next::Held
+            && io.session.next_is_held()
+            && io.session.waits_for().is_none_or(|lsn| door.tell_when_accepted(lsn));
         let settled = match next {
             Next::Broken(what) => {
                 end = Some(End::Broken(what));
                 true
             }
             Next::Again | Next::Request(_) => false,
-            // What it waited for may have come about since it was looked at.
-            Next::Held => io.session.next_is_held(),
-            Next::Nothing => true,
+            Next::Held => held,
+            Next::Nothing | Next::Full => true,
         };
-        if client_gone && end.is_none() && settled && (next == Next::Nothing || io.session.in_flight() == 0) {
+        // What it had submitted is carried out, up to what would wait for another session.
+        if client_gone && end.is_none() && settled && io.session.in_flight() == 0 && next != Next::Full {
             end = Some(End::ClientGone);
         }
         if let Some(end) = end {
@@ -292,7 +374,7 @@ fn serve(io: &mut Io, door: &mut VolumeDoor, stream: &UnixStream, stop: &AtomicB
                 }
                 Door::<Io>::retire(door);
             }
-        } else if !settled || !io.session.may_sleep(next == Next::Held) {
+        } else if !settled || !io.session.may_sleep(held) {
             io.reactor.submit_and_wait(Some(Duration::ZERO))?;
             continue;
         }

@@ -79,8 +79,10 @@ enum ChangeState {
 /// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Nothing is in the ring, or there is no room for the completion.
+    /// Nothing is in the ring.
     Nothing,
+    /// There is no room for the completion, or as much is in flight as may be.
+    Full,
     /// Feed this to the door.
     Request(Request),
     /// One submission was dealt with; look again.
@@ -113,7 +115,7 @@ pub struct Session {
     free: Vec<u32>,
     /// Changes that are not known to be accepted, in the order of submission.
     unaccepted: VecDeque<Change>,
-    /// Of these, the last: waiting for their place.
+    /// Of these: waiting for their place.
     unplaced: usize,
     /// Changes that are accepted and not known to be durable: the first submission of each run, and the last LSN of it.
     undurable: VecDeque<(u64, Lsn)>,
@@ -183,9 +185,8 @@ impl Session {
         let image = match self.held {
             Some(image) => image,
             None => match self.fetch_submission() {
-                Ok(Some(image)) => image,
-                Ok(None) => return Next::Nothing,
-                Err(broken) => return Next::Broken(broken),
+                Ok(image) => image,
+                Err(stopped) => return stopped,
             },
         };
         let operation = match self.check(&image) {
@@ -209,6 +210,25 @@ impl Session {
         Next::Request(self.begin(operation, &image))
     }
 
+    /// How far the stage is now, before submissions are looked at.
+    pub fn refresh(&mut self, progress: Progress) {
+        self.progress = progress;
+        self.advance();
+    }
+
+    /// If the submission that is held waits only for other threads to publish what is before a change of this session: that
+    /// change.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<Lsn> {
+        if self.held.is_none() || self.unplaced > 0 {
+            return None;
+        }
+        match self.unaccepted.back()?.state {
+            ChangeState::Placed(lsn) => Some(lsn),
+            ChangeState::Unplaced | ChangeState::Refused => None,
+        }
+    }
+
     /// Whether the submission that was held still is. What it waits for may have come about with what was told since.
     pub fn next_is_held(&mut self) -> bool {
         let Some(image) = self.held else { return false };
@@ -216,27 +236,27 @@ impl Session {
     }
 
     /// A submission from the ring. That there is room for its completion is made sure before it is taken.
-    fn fetch_submission(&mut self) -> Result<Option<SubmissionImage>, &'static str> {
+    fn fetch_submission(&mut self) -> Result<SubmissionImage, Next> {
         let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
         if tail == self.taken {
-            return Ok(None);
+            return Err(Next::Nothing);
         }
         if tail.wrapping_sub(self.taken) > u64::from(self.layout.depth) {
-            return Err("the submission tail is not within the ring");
+            return Err(Next::Broken("the submission tail is not within the ring"));
         }
         if self.is_full() {
             let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
             if head < self.reaped || head > self.told[1] {
-                return Err("the completion head is not within the ring");
+                return Err(Next::Broken("the completion head is not within the ring"));
             }
             self.reaped = head;
             if self.is_full() {
-                return Ok(None);
+                return Err(Next::Full);
             }
         }
         let words: [u64; 8] = self.memory.words(self.layout.submission(self.taken));
         let bytes = words.map(u64::to_ne_bytes);
-        Ok(Some(SubmissionImage::read_from_bytes(bytes.as_flattened()).expect("64 bytes")))
+        Ok(SubmissionImage::read_from_bytes(bytes.as_flattened()).expect("64 bytes"))
     }
 
     fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
@@ -403,11 +423,8 @@ impl Session {
 
     /// Tells the client how far things are. Whether it wants to be woken because of that.
     pub fn tell(&mut self, progress: Progress) -> bool {
-        if progress.volume_bytes != self.progress.volume_bytes {
-            self.memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Release);
-        }
-        self.progress = progress;
-        self.advance();
+        self.refresh(progress);
+        self.memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Release);
         let now = [self.taken, self.completed, self.accepted, self.durable];
         self.memory.word(SUBMISSION_HEAD).store(self.released(), Ordering::Release);
         if now == self.told {
@@ -457,10 +474,14 @@ impl Session {
         self.undurable.extend(runs.chunks(2).map(|pair| (pair[0].0, pair[pair.len() - 1].1)));
     }
 
-    /// Submissions whose slot and payload the client may use again: those before the first that waits for its place.
+    /// Submissions whose slot and payload the client may use again: those before the first that waits for its place. One
+    /// behind it may have its place already: word of the first one's may still be under way from another thread.
     fn released(&self) -> u64 {
-        let first = self.unaccepted.len() - self.unplaced;
-        self.unaccepted.get(first).map_or(self.taken, |change| change.sequence - 1)
+        if self.unplaced == 0 {
+            return self.taken;
+        }
+        let first = self.unaccepted.iter().find(|change| change.state == ChangeState::Unplaced);
+        first.map_or(self.taken, |change| change.sequence - 1)
     }
 
     /// Says that this side is about to sleep; `false` if there is something to do after all.
@@ -493,5 +514,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.ties.end(self.number, self.taken);
+        // A client that keeps its mapping keeps no memory of the server's.
+        self.memory.give_back();
     }
 }

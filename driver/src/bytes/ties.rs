@@ -4,7 +4,7 @@
 //! session that has to wait leaves its waker; whoever makes progress triggers it. Waiting and progress happen under the
 //! same lock, so no wake-up is lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -12,9 +12,12 @@ use parking_lot::Mutex;
 
 use super::Ticket;
 use crate::volume::Wake;
+use crate::volume::admin::random_u64;
 
 /// Ended sessions that are remembered.
 const ENDED_MAX: usize = 4096;
+/// Shared memory of all sessions of a stage together.
+const MEMORY_BYTES_MAX: u64 = 1 << 30;
 
 /// How a request stands that another one waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,21 +36,43 @@ struct Live {
     taken: u64,
     accepted: u64,
     wake: Arc<dyn Wake>,
-    /// Sessions that wait for this one, and for which of its requests.
-    waiting: Vec<(u16, u64)>,
+    /// Who waits for this one, and for what.
+    waiting: Vec<Waiter>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Copy)]
+struct Waiter {
+    session: u16,
+    sequence: u64,
+    needs_accepted: bool,
+}
+
 struct Known {
     next: u16,
     live: BTreeMap<u16, Live>,
-    /// Requests that ended sessions had taken.
+    /// Requests that ended sessions had taken, and these sessions in the order of their end.
     ended: BTreeMap<u16, u64>,
+    order: VecDeque<u16>,
+    /// Shared memory of all sessions.
+    memory_bytes: u64,
 }
 
 /// The sessions of a stage.
-#[derive(Default)]
 pub struct Ties(Mutex<Known>);
+
+impl Default for Ties {
+    fn default() -> Ties {
+        // Anywhere, so that tickets of an earlier server are not taken for those of this one.
+        let next = (random_u64() >> 32) as u16;
+        Ties(Mutex::new(Known {
+            next,
+            live: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            order: VecDeque::new(),
+            memory_bytes: 0,
+        }))
+    }
+}
 
 impl fmt::Debug for Ties {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -64,12 +89,27 @@ impl Ties {
             known.next = known.next.wrapping_add(1);
             let number = known.next;
             if number != 0 && !known.live.contains_key(&number) {
-                known.ended.remove(&number);
+                if known.ended.remove(&number).is_some() {
+                    known.order.retain(|ended| *ended != number);
+                }
                 known.live.insert(number, Live { taken: 0, accepted: 0, wake, waiting: Vec::new() });
                 return Some(number);
             }
         }
         None
+    }
+
+    /// Sets shared memory aside for a session, if there is as much left of what all may have together.
+    pub(super) fn reserve(&self, bytes: u64) -> bool {
+        let mut known = self.0.lock();
+        let fits = known.memory_bytes + bytes <= MEMORY_BYTES_MAX;
+        known.memory_bytes += if fits { bytes } else { 0 };
+        fits
+    }
+
+    /// Gives back what was set aside.
+    pub(super) fn release(&self, bytes: u64) {
+        self.0.lock().memory_bytes -= bytes;
     }
 
     /// How `ticket` stands for `asker`, which needs it to be accepted or only to be taken.
@@ -83,8 +123,10 @@ impl Ties {
             if ticket.sequence() == 0 {
                 return Tie::Unknown;
             }
-            if !live.waiting.iter().any(|(session, _)| *session == asker) {
-                live.waiting.push((asker, ticket.sequence()));
+            let waiter = Waiter { session: asker, sequence: ticket.sequence(), needs_accepted };
+            match live.waiting.iter_mut().find(|w| w.session == asker) {
+                Some(there) => *there = waiter,
+                None => live.waiting.push(waiter),
             }
             return Tie::NotYet;
         }
@@ -103,7 +145,8 @@ impl Ties {
         if live.waiting.is_empty() {
             return;
         }
-        let waiting = std::mem::take(&mut live.waiting);
+        let reached = |w: &mut Waiter| w.sequence <= if w.needs_accepted { accepted } else { taken };
+        let waiting: Vec<Waiter> = live.waiting.extract_if(.., reached).collect();
         wake_all(&known, &waiting);
     }
 
@@ -111,18 +154,21 @@ impl Ties {
     pub(super) fn end(&self, session: u16, taken: u64) {
         let mut known = self.0.lock();
         let Some(live) = known.live.remove(&session) else { return };
-        while known.ended.len() >= ENDED_MAX {
-            known.ended.pop_first();
+        while known.order.len() >= ENDED_MAX
+            && let Some(oldest) = known.order.pop_front()
+        {
+            known.ended.remove(&oldest);
         }
         known.ended.insert(session, taken);
+        known.order.push_back(session);
         wake_all(&known, &live.waiting);
     }
 }
 
 /// Those who still wait after looking again ask again, and so are entered again.
-fn wake_all(known: &Known, waiting: &[(u16, u64)]) {
-    for (session, _) in waiting {
-        if let Some(live) = known.live.get(session) {
+fn wake_all(known: &Known, waiting: &[Waiter]) {
+    for waiter in waiting {
+        if let Some(live) = known.live.get(&waiter.session) {
             live.wake.wake();
         }
     }

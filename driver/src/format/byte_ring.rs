@@ -10,7 +10,8 @@
 //!  24  [104] reserved
 //! ```
 //!
-//! Welcome (server → client), 512 bytes; with it comes the descriptor of the shared memory if `errno` is 0:
+//! Welcome (server → client), 512 bytes; with it come the descriptors of the shared memory and of an eventfd, the bell, if
+//! `errno` is 0:
 //! ```text
 //!   0  [8]   magic "TGWELCO\0"
 //!   8  u32   version of the session: the client's, if the server knows it; the server's own otherwise
@@ -29,8 +30,8 @@
 //! 152  [104] reserved
 //! 256  [256] message for people, padded with zeroes
 //! ```
-//! After that a message is one byte and means "look" in both directions; a second welcome with an errno says why the server
-//! ends the session.
+//! After that the client wakes the server by writing to the bell, and sends nothing: the server does not read the socket any
+//! more. The server wakes the client with a byte 1 on the socket; a second welcome with an errno says why it ends the session.
 //!
 //! Shared memory:
 //! ```text
@@ -43,7 +44,7 @@
 //! ```
 //! Heads and tails count from 0 and never wrap; entry `n` is in slot `n % size`. A submission is taken when the submission
 //! head passes it: the server has copied the descriptor and, of a write that was not refused, the payload. `accepted` and
-//! `durable` are sequence numbers: everything up to them is.
+//! `durable` are sequence numbers: everything up to them is, except what was refused, of which a completion was there before.
 //!
 //! Submission, 64 bytes:
 //! ```text

@@ -102,6 +102,14 @@ impl SharedMap {
         self.fd.as_fd()
     }
 
+    /// Gives the memory back to the machine, whoever else still has it mapped; it reads as zeroes from now on.
+    pub fn give_back(&self) {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: no pointers. The mapping stays; its pages come anew, zeroed, when somebody touches them. That it may not
+        // work is no harm: the memory is given back when the last mapping goes.
+        let _ = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, 0, self.len as libc::off_t) };
+    }
+
     /// The word of eight bytes at byte `at`, a multiple of 8.
     #[must_use]
     pub fn word(&self, at: usize) -> &AtomicU64 {

@@ -67,6 +67,7 @@ const OWN: u64 = 1 << 62;
 const WAKE: u64 = OWN | 1;
 const CANCEL: u64 = OWN | 2;
 const BELL: u64 = OWN | 3;
+const LINE: u64 = OWN | 4;
 
 /// Slots of the ring's file table: every target and every file of [`Reactor::register_file`] takes one. Small enough
 /// for any `RLIMIT_NOFILE`, large enough for a stage with all its volumes.
@@ -102,7 +103,7 @@ pub enum Event {
     },
     /// The [`Waker`] was triggered, once or more often, since the last `Wake`.
     Wake,
-    /// Whoever has the other end of the socket given to [`Reactor::listen_to`] has rung, or is gone.
+    /// The client given to [`Reactor::listen_to`] has rung, or is gone.
     Bell {
         /// Nothing more will come.
         closed: bool,
@@ -182,15 +183,17 @@ impl Reactor {
         self.wake.waker()
     }
 
-    /// From now on bytes that arrive on `socket` cause an [`Event::Bell`]. Once per reactor.
+    /// From now on every write to the eventfd `bell` causes an [`Event::Bell`], and so does the end of the socket `line`.
+    /// Neither is ever read. Once per reactor.
     ///
     /// # Panics
     ///
     /// If there is a bell already.
-    pub fn listen_to(&mut self, socket: OwnedFd) {
+    pub fn listen_to(&mut self, bell: OwnedFd, line: OwnedFd) {
         assert!(self.bell.is_none(), "one bell per reactor");
-        self.bell = Some(Bell::new(socket));
-        self.arm_bell();
+        self.bell = Some(Bell::new(bell, line));
+        self.arm(BELL);
+        self.arm(LINE);
     }
 
     /// Makes `target` known. The file is kept open until [`Self::unregister`] or the end of the reactor.
@@ -327,19 +330,25 @@ impl Reactor {
                 }
                 None
             }
-            BELL => self.rung(result),
+            BELL | LINE => self.rung(user_data, result, cqueue::more(cqe.flags())),
             CANCEL => None,
             key => self.finish_or_continue(key, result).map(Event::Op),
         }
     }
 
-    fn rung(&mut self, result: i32) -> Option<Event> {
-        self.bell.as_mut()?.taken();
-        let again = result > 0 || result == -libc::EINTR || result == -libc::EAGAIN;
-        if again {
-            self.arm_bell();
+    fn rung(&mut self, which: u64, result: i32, more: bool) -> Option<Event> {
+        if !more {
+            self.bell.as_mut()?.armed -= 1;
         }
-        (result != -libc::ECANCELED).then_some(Event::Bell { closed: !again })
+        if result == -libc::ECANCELED {
+            return None;
+        }
+        let closed = which == LINE && result > 0;
+        if !more && !closed {
+            // The kernel gives up polling when completions overflow, or for want of memory.
+            self.arm(which);
+        }
+        Some(Event::Bell { closed })
     }
 
     /// Judges the completion of one step of an operation: `Some` when that was the last one.
@@ -398,12 +407,11 @@ impl Reactor {
         unsafe { self.push_entry(&entry) };
     }
 
-    fn arm_bell(&mut self) {
+    fn arm(&mut self, which: u64) {
         let Some(bell) = &mut self.bell else { return };
-        let (fd, into, len) = bell.read_into();
-        let entry = opcode::Recv::new(types::Fd(fd), into, len).build().user_data(BELL);
-        // SAFETY: the bytes are on the heap, used for nothing else, and outlive the read (see `Drop`).
-        unsafe { self.push_entry(&entry) };
+        let entry = if which == BELL { bell.poll_bell() } else { bell.poll_line() };
+        // SAFETY: polling has no memory.
+        unsafe { self.push_entry(&entry.user_data(which)) };
     }
 
     /// # Safety
@@ -505,12 +513,12 @@ impl Drop for Reactor {
         let mut drained = self.drain(DRAIN);
         // The wake-up read, and whatever hangs. Raw commands are their owner's: some (those of ublk) cannot be
         // cancelled this way and end with the ring.
-        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(CANCEL);
+        let cancel = opcode::AsyncCancel2::new(types::CancelBuilder::any().all()).build().user_data(CANCEL);
         // SAFETY: a cancellation has no memory.
         unsafe { self.push_entry(&cancel) };
         let mut cancel_again = false;
         let deadline = Instant::now() + DRAIN_CANCELLED;
-        let listens = |bell: &Option<Bell>| bell.as_ref().is_some_and(Bell::is_armed);
+        let listens = |bell: &Option<Bell>| bell.as_ref().is_some_and(|bell| bell.armed > 0);
         while !self.slab.is_empty() || self.wake.is_armed() || listens(&self.bell) {
             if std::mem::take(&mut cancel_again) {
                 // SAFETY: as above.
@@ -535,9 +543,6 @@ impl Drop for Reactor {
         }
         if self.wake.is_armed() {
             self.wake.leak();
-        }
-        if let Some(bell) = self.bell.as_mut().filter(|bell| bell.is_armed()) {
-            bell.leak();
         }
         // A table entry would otherwise keep its file open until the kernel gets to dismantling the ring. Emptying the
         // table, unlike unregistering it, never waits for commands that still use a file (up to 6.12 that is for ever

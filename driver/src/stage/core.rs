@@ -92,6 +92,11 @@ pub enum Outcome {
         /// The request.
         tag: u32,
     },
+    /// What a door asked to be told of with [`Core::tell_when_published`] has come about.
+    Published {
+        /// The door.
+        door: DoorId,
+    },
     /// Write a group to the log device, durably, and report with [`Core::log_written`].
     WriteLog(ClosedGroup),
     /// The background has something to do.
@@ -184,6 +189,7 @@ pub struct Core {
     /// it in vain.
     pub(super) head: RegionSeq,
     durable_waits: VecDeque<DurableWait>,
+    published_waits: Vec<(Lsn, DoorId)>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
     /// Somebody wants everything up to here durable.
@@ -235,6 +241,7 @@ impl Core {
             checkpoint: start.checkpoint,
             head,
             durable_waits: VecDeque::new(),
+            published_waits: Vec::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),
             // Records that were found in the arena only go to the log at once.
@@ -335,7 +342,12 @@ impl Core {
         while let Some(published) = self.window.advance() {
             self.accept(published);
         }
-        self.marks.published.store(self.published().0, Ordering::Release);
+        let prefix = self.published();
+        self.marks.published.store(prefix.0, Ordering::Release);
+        if !self.published_waits.is_empty() {
+            let reached = self.published_waits.extract_if(.., |(lsn, _)| *lsn <= prefix);
+            self.outcomes.extend(reached.map(|(_, door)| Outcome::Published { door }));
+        }
     }
 
     fn accept(&mut self, published: Published) {
@@ -356,6 +368,21 @@ impl Core {
             }
             None => {}
         }
+    }
+
+    /// Tells `door` once everything up to `lsn` is published; `false` if it is already. One such wait per door.
+    pub fn tell_when_published(&mut self, door: DoorId, lsn: Lsn) -> bool {
+        if lsn <= self.published() {
+            return false;
+        }
+        self.published_waits.retain(|(_, waiting)| *waiting != door);
+        self.published_waits.push((lsn, door));
+        true
+    }
+
+    /// Forgets a door.
+    pub fn forget_door(&mut self, door: DoorId) {
+        self.published_waits.retain(|(_, waiting)| *waiting != door);
     }
 
     /// Completes the request of `ack` once everything published so far is durable.

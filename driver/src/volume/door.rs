@@ -155,6 +155,12 @@ impl VolumeDoor {
         (marks.published(), marks.durable())
     }
 
+    /// Wakes this door once everything up to `lsn` is accepted; `false` if it is already.
+    #[must_use]
+    pub fn tell_when_accepted(&self, lsn: Lsn) -> bool {
+        self.shared.core.lock().tell_when_published(self.id, lsn)
+    }
+
     /// Longest transfer in bytes.
     #[must_use]
     pub fn request_bytes_max(&self) -> u32 {
@@ -244,6 +250,8 @@ impl VolumeDoor {
                     self.fill(slot, &request, io);
                 }
                 Outcome::RetryRead { tag, .. } => self.retry_read(tag, io),
+                // Being woken was all that was asked for.
+                Outcome::Published { .. } => {}
                 Outcome::WriteLog(_) | Outcome::KickBackground => unreachable!("dispatched"),
             }
         }

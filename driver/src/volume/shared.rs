@@ -109,6 +109,7 @@ impl Shared {
 
     /// Forgets a door that has no request in flight.
     pub fn remove_door(&self, door: DoorId) {
+        self.core.lock().forget_door(door);
         self.doors.write().remove(&door);
     }
 
@@ -133,7 +134,8 @@ impl Shared {
                 Outcome::Complete { door, .. }
                 | Outcome::Claimed { door, .. }
                 | Outcome::Refused { door, .. }
-                | Outcome::RetryRead { door, .. } => Some(*door),
+                | Outcome::RetryRead { door, .. }
+                | Outcome::Published { door } => Some(*door),
                 Outcome::WriteLog(_) | Outcome::KickBackground => None,
             };
             if door.is_some() && door == own {
@@ -151,7 +153,12 @@ impl Shared {
                 outcome => {
                     let door = door.expect("every other outcome has a door");
                     let mailbox = self.doors.read().get(&door).cloned();
-                    mailbox.expect("a door outlives its requests").put(outcome);
+                    match (mailbox, &outcome) {
+                        (Some(mailbox), _) => mailbox.put(outcome),
+                        // It asked to be told, and is gone.
+                        (None, Outcome::Published { .. }) => {}
+                        (None, _) => panic!("a door outlives its requests"),
+                    }
                 }
             }
         }

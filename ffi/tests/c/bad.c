@@ -243,7 +243,7 @@ static void logs(void) {
   IS(tg_write_zeroes(device, MIB, MIB, 0, NULL), 0);
   FAILS(tg_log_open(device, MIB, MIB, 0, &log), ENOENT);
   IS(tg_pwrite(device, "foreign", 7, MIB + 100, 0, NULL), 0);
-  FAILS(tg_log_open(device, MIB, MIB, TG_LOG_CREATE, &log), EINVAL);
+  FAILS(tg_log_open(device, MIB, MIB, TG_LOG_CREATE, &log), EEXIST);
   IS(tg_log_open(device, MIB, MIB, TG_LOG_FORMAT, &log), 0);
   IS(tg_log_close(log), 0);
   FAILS(tg_log_open(device, MIB, MIB / 2, 0, &log), EINVAL);

@@ -1,5 +1,6 @@
 //! How a client gets its session.
 
+use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -24,6 +25,7 @@ pub const RUN_DIR: &str = "/run/tidegate";
 /// A session, as the server gave it.
 pub(super) struct Connected {
     pub socket: UnixStream,
+    pub bell: File,
     pub memory: SharedMap,
     pub layout: RingLayout,
     pub session: u16,
@@ -66,7 +68,7 @@ pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Conn
         socket.write_all(hello.as_bytes())
     };
     greet(&socket).map_err(|e| failed("cannot greet the server of", target, &e))?;
-    let (welcome, memory) =
+    let (welcome, descriptors) =
         receive(&socket).map_err(|e| failed("no answer from the server of", target, &e))?;
     if welcome.magic != WELCOME_MAGIC {
         return Err(Failure::new(libc::EPROTO, format!("what serves {} is not Tidegate", path.display())));
@@ -75,17 +77,21 @@ pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Conn
         let errno = welcome.errno.get().clamp(1, 4095);
         return Err(Failure::new(errno, format!("volume '{target}': {}", text_of(&welcome.message))));
     }
-    session_of(&socket, &welcome, memory).ok_or_else(|| {
+    session_of(&socket, &welcome, descriptors).ok_or_else(|| {
         Failure::new(libc::EPROTO, format!("the server of '{target}' gave a session that makes no sense"))
     })?
 }
 
-fn receive(socket: &UnixStream) -> std::io::Result<(WelcomeImage, Option<OwnedFd>)> {
+fn receive(socket: &UnixStream) -> std::io::Result<(WelcomeImage, Vec<OwnedFd>)> {
     let mut bytes = [0; size_of::<WelcomeImage>()];
     let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
     let mut parts = [IoSliceMut::new(&mut bytes)];
-    let message =
-        recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(nix::errno::Errno::EINTR) => {}
+            received => break received?,
+        }
+    };
     let mut received = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
@@ -94,7 +100,7 @@ fn receive(socket: &UnixStream) -> std::io::Result<(WelcomeImage, Option<OwnedFd
     }
     let len = message.bytes;
     (&mut &*socket).read_exact(&mut bytes[len..])?;
-    Ok((WelcomeImage::read_from_bytes(&bytes).expect("of its size"), received.pop()))
+    Ok((WelcomeImage::read_from_bytes(&bytes).expect("of its size"), received))
 }
 
 #[expect(unsafe_code, reason = "descriptors come as numbers")]
@@ -107,13 +113,13 @@ fn own(fd: std::os::fd::RawFd) -> OwnedFd {
 fn session_of(
     socket: &UnixStream,
     welcome: &WelcomeImage,
-    memory: Option<OwnedFd>,
+    descriptors: Vec<OwnedFd>,
 ) -> Option<Result<Connected>> {
     let layout = RingLayout::new(welcome.depth.get(), welcome.arena_bytes.get())?;
     let session = u16::try_from(welcome.session.get()).ok().filter(|session| *session != 0)?;
     let fits =
         welcome.version.get() == WIRE_VERSION && welcome.memory_bytes.get() == layout.memory_bytes() as u64;
-    let memory = memory.filter(|_| fits)?;
+    let [memory, bell] = <[OwnedFd; 2]>::try_from(descriptors).ok().filter(|_| fits)?;
     let info = Info {
         name: text_of(&welcome.name),
         volume_bytes: welcome.volume_bytes.get(),
@@ -129,7 +135,7 @@ fn session_of(
             .map_err(|e| Failure::new(libc::EPROTO, e.report()))?;
         let socket = socket.try_clone().map_err(|e| failed("cannot share the socket of", &info.name, &e))?;
         socket.set_read_timeout(None).map_err(|e| failed("cannot set up the socket of", &info.name, &e))?;
-        Ok(Connected { socket, memory, layout, session, info })
+        Ok(Connected { socket, bell: bell.into(), memory, layout, session, info })
     };
     Some(open())
 }

@@ -108,17 +108,15 @@ pub(super) struct Reaper {
     pub own: HashMap<u64, Own>,
     /// Completions for the program.
     pub ready: VecDeque<Completion>,
-    /// Failed writes that nobody waited for: the first one that was not told yet.
+    /// Of the writes that nobody waited for and that failed: the first in the order of submission.
     pub failed: Option<Completion>,
-    /// The first of all of them, told or not.
-    pub first_failed: Option<Completion>,
     /// Slots for reads that came back.
     pub slots: Vec<u32>,
 }
 
 impl Reaper {
     /// Takes what is in the ring. Whether the server has to be woken because of that.
-    pub fn collect(&mut self, memory: &SharedMap, layout: &RingLayout, submitted: impl Fn() -> u64) -> bool {
+    pub fn collect(&mut self, memory: &SharedMap, layout: &RingLayout) -> bool {
         let tail = memory.word(COMPLETION_TAIL).load(Ordering::Acquire);
         if tail == self.head {
             return false;
@@ -136,8 +134,10 @@ impl Reaper {
             });
         }
         memory.word(COMPLETION_HEAD).store(self.head, Ordering::Release);
-        // One that had no room for completions waits for this.
-        memory.word(SUBMISSION_HEAD).load(Ordering::Relaxed) != submitted() && server_sleeps(memory)
+        // One that had no room for completions waits for this. Looked at behind the fence that pairs with its own.
+        fence(Ordering::SeqCst);
+        let tail = memory.word(SUBMISSION_TAIL).load(Ordering::Relaxed);
+        memory.word(SUBMISSION_HEAD).load(Ordering::Relaxed) != tail && server_sleeps(memory)
     }
 
     fn sort(&mut self, completion: Completion) {
@@ -157,8 +157,8 @@ impl Reaper {
             }
             // A write that nobody waits for has a completion only if it failed.
             None => {
-                self.failed.get_or_insert(completion);
-                self.first_failed.get_or_insert(completion);
+                let is_first = self.failed.is_none_or(|failed| completion.ticket < failed.ticket);
+                self.failed = self.failed.filter(|_| !is_first).or(Some(completion));
             }
         }
     }

@@ -5,6 +5,8 @@
 //! epoch, looks for what it wants, and waits at the socket. So whoever looked before the leader said that it waits looks
 //! again, and for whoever looked later the server sends a byte, after which there is a new epoch as well.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv};
 use parking_lot::{Condvar, Mutex};
 use zerocopy::FromBytes;
 
@@ -32,6 +34,7 @@ struct Turn {
 #[derive(Debug)]
 pub(super) struct Waiting {
     socket: UnixStream,
+    bell: File,
     turn: Mutex<Turn>,
     changed: Condvar,
     gone: OnceLock<Failure>,
@@ -40,9 +43,10 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    pub fn new(socket: UnixStream) -> Waiting {
+    pub fn new(socket: UnixStream, bell: File) -> Waiting {
         Waiting {
             socket,
+            bell,
             turn: Mutex::default(),
             changed: Condvar::new(),
             gone: OnceLock::new(),
@@ -57,16 +61,27 @@ impl Waiting {
 
     /// Wakes the server.
     pub fn ring(&self) {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match send(self.socket.as_raw_fd(), &[1], flags) {
-            // A socket that is full of wake-ups wakes it as well.
-            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Err(_) => self.listen(),
+        // Fails only when the counter is at its limit, and then it is awake.
+        let _ = (&self.bell).write(&1u64.to_ne_bytes());
+    }
+
+    /// Takes what the server sent, without waiting; unless another thread waits at the socket, for which it is meant then.
+    pub fn look(&self) {
+        let mut turn = self.turn.lock();
+        if turn.has_leader {
+            return;
+        }
+        self.listen();
+        // Nobody waits at the socket, and nobody can begin to before this is over.
+        turn.epoch += 1;
+        if turn.followers > 0 {
+            self.changed.notify_all();
         }
     }
 
-    /// Takes what the server sent, without waiting.
-    pub fn listen(&self) {
+    /// Takes what the server sent, without waiting. Only for the leader, or where there is none: a byte taken by anybody
+    /// else is one that the leader waits for.
+    fn listen(&self) {
         let mut bytes = [0; 1024];
         loop {
             match recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
@@ -124,7 +139,8 @@ impl Waiting {
                 return Ok(Some(value));
             }
             if let Some(gone) = self.gone() {
-                return Err(gone.clone());
+                // What it did last may have come in between.
+                return done().map(Some).ok_or_else(|| gone.clone());
             }
             let left = match deadline {
                 None => None,

@@ -57,6 +57,8 @@ struct Model {
     /// Requests that the door has: tag, whether it is a change and its place.
     open: Vec<(u32, bool, Option<Lsn>)>,
     waiting: std::collections::VecDeque<u32>,
+    /// Have their place, and the session was not told yet: the word comes by another thread.
+    granted: std::collections::VecDeque<(u32, u64)>,
     next_lsn: u64,
     published: u64,
     durable: u64,
@@ -78,6 +80,7 @@ impl Model {
             reaped: 0,
             open: Vec::new(),
             waiting: Default::default(),
+            granted: Default::default(),
             next_lsn: 1,
             published: 0,
             durable: 0,
@@ -115,7 +118,10 @@ impl Model {
                 if !is_change {
                     // B2: every earlier change is accepted.
                     let before = self.places.range(..sequence).map(|(_, lsn)| *lsn).max().unwrap_or(0);
-                    assert!(before <= self.published && self.waiting.is_empty(), "B2");
+                    assert!(
+                        before <= self.published && self.waiting.is_empty() && self.granted.is_empty(),
+                        "B2"
+                    );
                     self.open.push((request.tag, false, None));
                 } else if full || !self.waiting.is_empty() {
                     self.waiting.push_back(request.tag);
@@ -123,7 +129,7 @@ impl Model {
                     self.place(request.tag);
                 }
             }
-            Next::Nothing | Next::Held | Next::Again => {}
+            Next::Nothing | Next::Full | Next::Held | Next::Again => {}
             Next::Broken(what) => panic!("{what}"),
         }
     }
@@ -131,11 +137,35 @@ impl Model {
     fn place(&mut self, tag: u32) {
         let lsn = self.next_lsn;
         self.next_lsn += 1;
+        self.told(tag, lsn);
+    }
+
+    /// The next that waits has its place; word of it is under way.
+    fn grant(&mut self) {
+        if let Some(tag) = self.waiting.pop_front() {
+            self.granted.push_back((tag, self.next_lsn));
+            self.next_lsn += 1;
+        }
+    }
+
+    fn told(&mut self, tag: u32, lsn: u64) {
         let sequence = self.session.request(tag).sequence;
-        assert!(self.places.last_key_value().is_none_or(|(s, l)| *s < sequence && *l < lsn), "B1");
         self.places.insert(sequence, lsn);
+        let places: Vec<u64> = self.places.values().copied().collect();
+        assert!(places.is_sorted(), "B1");
         self.session.placed(tag, Lsn(lsn));
         self.open.push((tag, true, Some(Lsn(lsn))));
+    }
+
+    fn word_comes(&mut self) {
+        if let Some((tag, lsn)) = self.granted.pop_front() {
+            self.told(tag, lsn);
+        }
+    }
+
+    /// Nothing is published past a place that was not filled.
+    fn publishable(&self) -> u64 {
+        self.granted.front().map_or(self.next_lsn, |(_, lsn)| *lsn) - 1
     }
 
     fn complete(&mut self, which: usize, fail: bool) {
@@ -154,6 +184,11 @@ impl Model {
         self.session.tell(progress_at(Lsn(self.published), Lsn(self.durable)));
         let (accepted, durable) = (self.word(ACCEPTED), self.word(DURABLE_UP_TO));
         assert!(before.0 <= accepted && before.1 <= durable && durable <= accepted, "B5");
+        let unfetched = self.waiting.iter().chain(self.granted.iter().map(|(tag, _)| tag));
+        for tag in unfetched {
+            let sequence = self.session.request(*tag).sequence;
+            assert!(self.word(SUBMISSION_HEAD) < sequence, "the payload of {sequence} was not fetched yet");
+        }
         for (what, up_to, top) in [("accepted", accepted, self.published), ("durable", durable, self.durable)]
         {
             for (sequence, (operation, _)) in self.kinds.range(..=up_to) {
@@ -169,7 +204,8 @@ impl Model {
 
     fn is_refused(&self, sequence: u64) -> bool {
         // Refused while it waited for its place: it is not with the door any more.
-        !self.waiting.iter().any(|tag| self.session.request(*tag).sequence == sequence)
+        let mut waiting = self.waiting.iter().chain(self.granted.iter().map(|(tag, _)| tag));
+        !waiting.any(|tag| self.session.request(*tag).sequence == sequence)
     }
 
     fn reap(&mut self) {
@@ -186,8 +222,9 @@ impl Model {
     /// Everything comes to an end.
     fn finish(&mut self) {
         for _ in 0..1000 {
-            while let Some(tag) = self.waiting.pop_front() {
-                self.place(tag);
+            while !self.granted.is_empty() || !self.waiting.is_empty() {
+                self.grant();
+                self.word_comes();
             }
             self.published = self.next_lsn - 1;
             self.durable = self.published;
@@ -213,7 +250,8 @@ impl Model {
 enum Move {
     Submit(Operation, bool),
     Step { full: bool },
-    Room(usize),
+    Grant(usize),
+    Word,
     Refuse,
     Publish(usize),
     Commit(usize),
@@ -228,7 +266,8 @@ fn moves() -> impl Strategy<Value = Move> {
     prop_oneof![
         4 => (operation, any::<bool>()).prop_map(|(op, silent)| Move::Submit(op, silent)),
         4 => prop::bool::weighted(0.2).prop_map(|full| Move::Step { full }),
-        1 => (1usize..4).prop_map(Move::Room),
+        1 => (1usize..4).prop_map(Move::Grant),
+        1 => Just(Move::Word),
         1 => Just(Move::Refuse),
         2 => (1usize..4).prop_map(Move::Publish),
         2 => (1usize..4).prop_map(Move::Commit),
@@ -247,19 +286,14 @@ proptest! {
             match step {
                 Move::Submit(operation, silent) => model.submit(operation, silent),
                 Move::Step { full } => model.step(full),
-                Move::Room(count) => {
-                    for _ in 0..count {
-                        if let Some(tag) = model.waiting.pop_front() {
-                            model.place(tag);
-                        }
-                    }
-                }
+                Move::Grant(count) => (0..count).for_each(|_| model.grant()),
+                Move::Word => model.word_comes(),
                 Move::Refuse => {
                     if let Some(tag) = model.waiting.pop_front() {
                         model.session.complete(tag, Err(Errno::EIO));
                     }
                 }
-                Move::Publish(count) => model.published = (model.published + count as u64).min(model.next_lsn - 1),
+                Move::Publish(count) => model.published = (model.published + count as u64).min(model.publishable()),
                 Move::Commit(count) => model.durable = (model.durable + count as u64).min(model.published),
                 Move::Complete(which, fail) => model.complete(which, fail),
                 Move::Tell => model.tell(),

@@ -1,53 +1,38 @@
-//! The bell: a socket that the ring reads, whose bytes mean nothing but "look".
+//! The bell of a client in another process: an eventfd that it writes to, and the socket whose end says that it is gone.
 //!
-//! It is read by the ring and not by a system call of the thread, so that whoever holds the other end, or the same socket,
-//! cannot make the thread wait.
+//! Both are only polled. Reading the socket would make this thread put away whatever the client had sent with it, and a
+//! descriptor sent that way can take as long to close as its owner likes; reading the eventfd could block once the client
+//! has changed its flags. An eventfd wakes its pollers with every write, read or not.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
-/// Bytes taken at once.
-const BYTES: usize = 64;
+use io_uring::{opcode, squeue, types};
 
-/// The reactor's end of a bell.
+/// What is polled.
 #[derive(Debug)]
 pub(super) struct Bell {
-    socket: OwnedFd,
-    /// Where the kernel puts the bytes; raw and on the heap, as the kernel writes to it behind the compiler's back.
-    buffer: *mut [u8; BYTES],
-    armed: bool,
+    bell: OwnedFd,
+    line: OwnedFd,
+    /// Polls that the kernel has.
+    pub armed: u32,
 }
 
 impl Bell {
-    pub fn new(socket: OwnedFd) -> Bell {
-        Bell { socket, buffer: Box::into_raw(Box::new([0; BYTES])), armed: false }
+    pub fn new(bell: OwnedFd, line: OwnedFd) -> Bell {
+        Bell { bell, line, armed: 0 }
     }
 
-    /// Descriptor, destination and length of the read; counts as armed from here on.
-    pub fn read_into(&mut self) -> (RawFd, *mut u8, u32) {
-        self.armed = true;
-        (self.socket.as_raw_fd(), self.buffer.cast(), BYTES as u32)
+    /// Polls the eventfd until told otherwise.
+    pub fn poll_bell(&mut self) -> squeue::Entry {
+        self.armed += 1;
+        let fd = types::Fd(self.bell.as_raw_fd());
+        opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build()
     }
 
-    /// The read completed.
-    pub fn taken(&mut self) {
-        self.armed = false;
-    }
-
-    pub fn is_armed(&self) -> bool {
-        self.armed
-    }
-
-    /// Gives the memory up for good: the kernel may still write to it.
-    pub fn leak(&mut self) {
-        self.buffer = std::ptr::null_mut();
-    }
-}
-
-impl Drop for Bell {
-    fn drop(&mut self) {
-        if !self.buffer.is_null() {
-            // SAFETY: from `Box::into_raw` in `new`, and no read is armed (the reactor calls `leak` otherwise).
-            drop(unsafe { Box::from_raw(self.buffer) });
-        }
+    /// Waits for the end of the socket.
+    pub fn poll_line(&mut self) -> squeue::Entry {
+        self.armed += 1;
+        let fd = types::Fd(self.line.as_raw_fd());
+        opcode::PollAdd::new(fd, (libc::POLLRDHUP | libc::POLLHUP) as u32).build()
     }
 }
