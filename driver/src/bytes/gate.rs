@@ -112,6 +112,7 @@ struct Inside {
     turned_away: Arc<Seldom>,
     stop: AtomicBool,
     sessions: Mutex<BTreeMap<u64, Entry>>,
+    /// A session was removed.
     ended: Condvar,
 }
 
@@ -283,14 +284,6 @@ fn bind_closed(path: &Path) -> nix::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
-/// told of its death.
-fn is_gone(stream: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
-    let _ = poll(&mut fds, PollTimeout::ZERO);
-    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
-}
-
 impl Inside {
     fn accept(self: &Arc<Inside>, listener: &UnixListener, ended: &UnixStream) {
         let mut next = 0;
@@ -393,4 +386,12 @@ impl Inside {
             wake.wake();
         }
     }
+}
+
+/// Whether the other end of a socket is closed: by its program, or by the kernel when that died, which is before anybody is
+/// told of its death.
+fn is_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }

@@ -246,6 +246,7 @@ fn live(setup: &Setup, stream: &UnixStream, stop: &AtomicBool, mut opened: Opene
         Ok(End::ClientGone) => {}
         Ok(End::Told) => refuse(stream, libc::ESHUTDOWN, "the volume was detached, or its server is ending"),
         Ok(End::Broken(what)) => {
+            opened.io.session.client_is_gone();
             setup.turned_away.say(&setup.volume.name, what);
             refuse(stream, libc::EPROTO, &format!("the session was ended: {what}"));
         }

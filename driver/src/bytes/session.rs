@@ -514,7 +514,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.ties.end(self.number, self.taken);
-        // A client that keeps its mapping keeps no memory of the server's.
-        self.memory.give_back();
+        if self.is_alone {
+            // Whoever keeps the mapping of a client that is gone keeps no memory of the server's.
+            self.memory.give_back();
+        }
     }
 }

@@ -118,7 +118,8 @@ impl Reaper {
     /// Takes what is in the ring. Whether the server has to be woken because of that.
     pub fn collect(&mut self, memory: &SharedMap, layout: &RingLayout) -> bool {
         let tail = memory.word(COMPLETION_TAIL).load(Ordering::Acquire);
-        if tail == self.head {
+        // More than the ring holds: not the server's word any more.
+        if tail == self.head || tail.wrapping_sub(self.head) > u64::from(layout.completion_depth()) {
             return false;
         }
         while self.head != tail {
