@@ -299,7 +299,7 @@ fn feed(io: &mut Io, door: &mut VolumeDoor) -> Next {
     io.session.refresh(progress(door));
     let mut bytes = 0;
     for _ in 0..FEED_MAX {
-        match io.session.next() {
+        match io.session.take() {
             Next::Request(request) => {
                 if matches!(request.kind, RequestKind::Read | RequestKind::Write) {
                     bytes += request.len;

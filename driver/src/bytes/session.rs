@@ -181,7 +181,7 @@ impl Session {
     }
 
     /// Takes the next submission, if there is one and its turn has come.
-    pub fn next(&mut self) -> Next {
+    pub fn take(&mut self) -> Next {
         let image = match self.held {
             Some(image) => image,
             None => match self.fetch_submission() {

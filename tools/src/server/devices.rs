@@ -94,7 +94,8 @@ impl Server {
 
     /// Whether a device could not be taken over yet, and still should be.
     pub fn has_waiting(&self) -> bool {
-        !self.is_ending() && !(self.waiting.lock().is_empty() && self.lost_gates.lock().is_empty())
+        let is_waiting = !self.waiting.lock().is_empty() || !self.lost_gates.lock().is_empty();
+        is_waiting && !self.is_ending()
     }
 
     /// Tries again to take over the devices that wait.

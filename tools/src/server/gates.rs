@@ -39,7 +39,7 @@ pub struct Opened {
 
 impl Server {
     /// Opens the gate of a volume; the path of its socket. One that came through a crash is there already: that is no
-    /// error once, and who may come in is as was asked for now.
+    /// error once, and from then on those may come in who are named here.
     pub fn attach_bytes(&self, name: &str, config: GateConfig) -> Result<String> {
         let _one = self.begin()?;
         let volume = self.volume(name)?;

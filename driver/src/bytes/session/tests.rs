@@ -109,7 +109,7 @@ impl Model {
     }
 
     fn step(&mut self, full: bool) {
-        match self.session.next() {
+        match self.session.take() {
             Next::Request(request) => {
                 self.fed += 1;
                 let is_change = !matches!(request.kind, RequestKind::Read | RequestKind::Flush);
@@ -325,7 +325,7 @@ proptest! {
                     memory.put_words(layout.submission(at.index(8) as u64), &words);
                 }
             }
-            match session.next() {
+            match session.take() {
                 Next::Broken(_) => return Ok(()),
                 Next::Request(request) => {
                     prop_assert!(request.offset + request.len <= VOLUME_BYTES_NOW);
@@ -363,7 +363,7 @@ fn what_is_remembered_of_changes_is_bounded_and_nothing_is_claimed_too_early() {
         let mut image = image(Operation::Write, number);
         image.flags = SILENT;
         put(&memory, &layout, number, &image);
-        let Next::Request(request) = session.next() else { panic!("its turn") };
+        let Next::Request(request) = session.take() else { panic!("its turn") };
         lsn += 1;
         session.placed(request.tag, Lsn(lsn));
         session.complete(request.tag, Ok(()));
