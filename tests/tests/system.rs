@@ -7,6 +7,8 @@
 use std::io::Write;
 use std::time::Instant;
 
+#[path = "system/bytes.rs"]
+mod bytes;
 #[path = "system/crash.rs"]
 mod crash;
 #[path = "system/data.rs"]
@@ -57,6 +59,9 @@ const TESTS: &[Test] = &[
     ("every_flush_is_a_good_place_to_die_mixed_acks", crash::every_flush_is_a_good_place_to_die_mixed_acks),
     ("a_volatile_cache_loses_nothing_acknowledged", power::a_volatile_cache_loses_nothing_acknowledged),
     ("a_volatile_cache_keeps_what_was_synced", power::a_volatile_cache_keeps_what_was_synced),
+    ("an_append_log_survives_power_cuts_ack_log", bytes::an_append_log_survives_power_cuts_ack_log),
+    ("an_append_log_survives_power_cuts_ack_memory", bytes::an_append_log_survives_power_cuts_ack_memory),
+    ("a_volume_is_a_block_device_or_a_byte_device", bytes::a_volume_is_a_block_device_or_a_byte_device),
     ("a_huge_sparse_volume", limits::a_huge_sparse_volume),
     ("idle_is_idle", limits::idle_is_idle),
     ("wrong_backings_are_refused", identity::wrong_backings_are_refused),

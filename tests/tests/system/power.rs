@@ -12,7 +12,7 @@ const DEVICE: &str = "/dev/nbd0";
 const SECTORS: u64 = 16384;
 
 /// A disk with a volatile write cache. What was not flushed is gone when its process is killed.
-struct Disk {
+pub struct Disk {
     server: Child,
     socket: String,
     image: String,
@@ -28,7 +28,9 @@ fn serve(socket: &str, image: &str) -> Child {
 }
 
 impl Disk {
-    fn new(place: &Place) -> Disk {
+    pub const DEVICE: &'static str = DEVICE;
+
+    pub fn new(place: &Place) -> Disk {
         need_module("nbd");
         if !try_run("sh", &["-c", "command -v nbdkit && command -v nbd-client"]) {
             skip("nbdkit or nbd-client is not installed");
@@ -38,12 +40,12 @@ impl Disk {
         Disk { server: serve(&socket, &image), socket, image }
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         signal(u64::from(self.server.id()), "KILL");
         let _ = self.server.wait();
     }
 
-    fn return_after_power_cut(&mut self) {
+    pub fn return_after_power_cut(&mut self) {
         run("nbd-client", &["-d", DEVICE]);
         let size = || std::fs::read_to_string("/sys/block/nbd0/size").unwrap();
         wait_for("the device is disconnected", Duration::from_secs(10), || size().trim() == "0");

@@ -198,6 +198,7 @@ impl Place {
         let mut command = Command::new(program());
         command.args(args);
         command.env("TIDEGATE_STATE_DIR", self.path("state")).env("TIDEGATE_ARENA_DIR", self.path("arena"));
+        command.env("TIDEGATE_RUN_DIR", self.path("run"));
         command
     }
 
