@@ -39,7 +39,8 @@ fn main() {
     let (Some(begin), Some(end)) = (page.find(BEGIN), page.find(END)) else {
         fail(&format!("{path} has no markers '{BEGIN}' and '{END}'"));
     };
-    let measured = format!("{BEGIN}\n\n{}\n{}\n", table(&series), native_table(&text));
+    let measured =
+        format!("{BEGIN}\n\n{}\n{}\n{}\n", table(&series), native_table(&text), durable_table(&text));
     let page = format!("{}{measured}{}", &page[..begin], &page[end..]);
     let plot = Path::new(&path).with_file_name("benchmarks.svg");
     let written = std::fs::write(&path, page).and_then(|()| std::fs::write(&plot, svg(&series)));
@@ -113,8 +114,7 @@ fn native_table(text: &str) -> String {
     let mut out = String::from(
         "| native, engine alone | median | lowest | highest | runs | unit |\n|---|--:|--:|--:|--:|---|\n",
     );
-    for line in text.lines().filter(|line| line.starts_with('{')) {
-        let Ok(value) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+    for value in native(text).iter().filter(|value| durable_of(value).is_none()) {
         let field = |name: &str| number(value[name].as_f64().unwrap_or(f64::NAN));
         let _ = writeln!(
             out,
@@ -125,6 +125,52 @@ fn native_table(text: &str) -> String {
             field("highest"),
             value["runs"],
             value["unit"].as_str().unwrap_or("?")
+        );
+    }
+    out
+}
+
+/// Measurements of `native` and `bytes`.
+fn native(text: &str) -> Vec<serde_json::Value> {
+    let lines = text.lines().filter(|line| line.starts_with('{'));
+    lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Of a measurement of durable appends: what was appended, by what, and which part of the latencies it is (none: the rate).
+fn durable_of(value: &serde_json::Value) -> Option<(String, String, Option<String>)> {
+    let name = value["name"].as_str()?.strip_prefix("durable ")?;
+    let mut parts = name.split(", ");
+    let case = format!("{}, {}", parts.next()?, parts.next()?);
+    Some((case, parts.next()?.to_owned(), parts.next().map(str::to_owned)))
+}
+
+/// Appends through the byte door against what programs do without it.
+fn durable_table(text: &str) -> String {
+    let mut out = String::from(
+        "| durable appends, native, one disk | by | records/s | lowest | highest | p50 µs | p99 µs | p99.9 µs | Tidegate is |\n\
+         |---|---|--:|--:|--:|--:|--:|--:|--:|\n",
+    );
+    let values = native(text);
+    let all: Vec<_> = values.iter().filter_map(|value| Some((durable_of(value)?, value))).collect();
+    let median = |case: &str, by: &str, part: Option<&str>| {
+        let found = all.iter().find(|((c, b, p), _)| c == case && b == by && p.as_deref() == part)?;
+        found.1["median"].as_f64()
+    };
+    for ((case, by, _), value) in all.iter().filter(|((_, _, part), _)| part.is_none()) {
+        let field = |name: &str| number(value[name].as_f64().unwrap_or(f64::NAN));
+        let latency = |part| median(case, by, Some(part)).map_or_else(String::new, number);
+        let ours = median(case, "tidegate", None).unwrap_or(f64::NAN);
+        let theirs = value["median"].as_f64().unwrap_or(f64::NAN);
+        let ratio = if by == "tidegate" { String::new() } else { format!("{:.2} ×", ours / theirs) };
+        let _ = writeln!(
+            out,
+            "| {case} | {by} | {} | {} | {} | {} | {} | {} | {ratio} |",
+            field("median"),
+            field("lowest"),
+            field("highest"),
+            latency("p50"),
+            latency("p99"),
+            latency("p99.9")
         );
     }
     out
