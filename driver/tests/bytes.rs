@@ -3,6 +3,7 @@
 mod support;
 
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tidegate_driver::bytes::local::LocalDevice;
 use tidegate_driver::bytes::ties::Ties;
 use tidegate_driver::bytes::{ByteStore, Completion, DURABLE, Operation, SILENT, Submission, Ticket};
 use tidegate_driver::format::volume_entry::AckLevel;
+use tidegate_driver::io::peer::Peer;
 use tidegate_driver::volume::{Engine, LocalClient};
 
 struct Served {
@@ -432,4 +434,18 @@ fn in_process_writes_are_ordered_and_wait_for_room_in_a_full_stage() {
     drop(device);
     engine.close(true).unwrap();
     assert!(place.backing_bytes(0, 499 * 20_000 + 7, 20_000) == pattern(2999, 20_000));
+}
+
+#[test]
+fn those_who_are_not_on_the_list_stay_outside() {
+    let peer = |uid, gids: &[u32]| Peer { pid: 1, uid, gids: gids.to_vec() };
+    let access = Access { users: vec![7], groups: vec![50] };
+    assert!(access.admits(&peer(0, &[0]), 3) && access.admits(&peer(3, &[9]), 3));
+    assert!(access.admits(&peer(7, &[9]), 3) && access.admits(&peer(8, &[9, 50]), 3));
+    assert!(!access.admits(&peer(8, &[9]), 3) && !Access::default().admits(&peer(7, &[50]), 3));
+    let served = Served::new(&[AckLevel::Memory]);
+    let mode = |gate: &Gate| std::fs::metadata(gate.path()).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&served.gates[0]), 0o600);
+    served.gates[0].set_access(access).unwrap();
+    assert_eq!(mode(&served.gates[0]), 0o666);
 }

@@ -198,7 +198,8 @@ static int open_once(struct store *s, int flags)
 
 static bool may_come(int result)
 {
-	return result == -ENOTCONN || result == -ECONNREFUSED || result == -ECONNRESET || result == -EBUSY;
+	return result == -ENOTCONN || result == -ECONNREFUSED || result == -ECONNRESET || result == -EBUSY ||
+	       result == -EAGAIN || result == -ETIMEDOUT || result == -ESHUTDOWN;
 }
 
 /* Opens the store; `waiting`: a server that is not there may come back, with its socket. */

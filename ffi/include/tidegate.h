@@ -386,8 +386,9 @@ int tg_submit(struct tg_device *device, const struct tg_submission *submissions,
 ssize_t tg_reap(struct tg_device *device, struct tg_completion *completions, size_t max, int64_t timeout_ns);
 
 /**
- * Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. 0: none
- * is, or the handle is wrong (errno is set then). Reads shared memory only, so it is cheap; never goes back.
+ * Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. Except
+ * those that were refused: their completions, or tg_persist(), say so. 0: none is, or the handle is wrong (errno is set
+ * then). Reads shared memory only, so it is cheap; never goes back.
  */
 tg_ticket tg_accepted(struct tg_device *device);
 
@@ -399,7 +400,8 @@ tg_ticket tg_durable(struct tg_device *device);
 /**
  * Waits until every change of the session up to `ticket` is durable, but not longer than `timeout_ns` nanoseconds; for ever if
  * that is negative. -ETIMEDOUT: it is not yet. -EINVAL: the ticket is not one that this session gave out. Another negative
- * value: a change up to `ticket` failed, or the server is gone.
+ * value: a change up to `ticket` that asked for no completion failed (TG_SILENT, tg_pwrite_async()), or the server is gone.
+ * After such a failure no more changes of that kind are taken: what stays has no hole. A new session begins without.
  */
 int tg_persist(struct tg_device *device, tg_ticket ticket, int64_t timeout_ns);
 

@@ -3,8 +3,9 @@
  *
  * Every connection has a session of its own; flush and FUA are about the whole stage, so connections agree about what is
  * durable, and multi-conn is safe. When the server goes away, the connection opens a new session and repeats what was not
- * answered. For blocks that is allowed: a request that was carried out and one that was not are both possible until it is
- * answered, and to write the same bytes twice changes nothing.
+ * answered. For blocks that is allowed, as it is for a disk that was reset: a request without an answer may be carried out once,
+ * twice or not at all. Of requests that overlap while one of them has no answer any may be the last; file systems and databases
+ * do not ask for such.
  */
 
 #define NBDKIT_API_VERSION 2
@@ -149,7 +150,7 @@ static bool is_gone(int result)
 static bool may_come(int result)
 {
 	return result == -ENOENT || result == -ECONNREFUSED || result == -ENOTCONN || result == -ECONNRESET ||
-	       result == -EBUSY || result == -EAGAIN;
+	       result == -EBUSY || result == -EAGAIN || result == -ETIMEDOUT || result == -ESHUTDOWN;
 }
 
 static bool same_volume(const struct tg_info *a, const struct tg_info *b)

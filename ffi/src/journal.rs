@@ -28,27 +28,28 @@ struct Kept(Arc<Session>);
 
 impl ByteStore for Kept {
     fn volume_bytes(&self) -> u64 {
-        self.0.device().info().volume_bytes
+        ByteStore::volume_bytes(&self.0.device())
     }
 
     fn write_bytes_max(&self) -> u32 {
-        self.0.device().info().write_bytes_max
+        ByteStore::write_bytes_max(&self.0.device())
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        self.0.device().read(offset, into)
+        ByteStore::read(&self.0.device(), offset, into)
     }
 
     fn write(&self, offset: u64, parts: &[&[u8]]) -> Result<Ticket> {
-        self.0.device().write_async(offset, parts, 0)
+        ByteStore::write(&self.0.device(), offset, parts)
     }
 
     fn durable(&self) -> Ticket {
-        self.0.device().durable()
+        // Not the session's own: this one stays before a change that failed.
+        ByteStore::durable(&self.0.device())
     }
 
     fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
-        self.0.device().persist(ticket, timeout)
+        ByteStore::persist(&self.0.device(), ticket, timeout)
     }
 }
 

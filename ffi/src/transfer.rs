@@ -51,8 +51,9 @@ pub unsafe extern "C" fn tg_reap(
     }) as ssize_t
 }
 
-/// Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. 0: none
-/// is, or the handle is wrong (errno is set then). Reads shared memory only, so it is cheap; never goes back.
+/// Every change of the session up to this ticket is accepted: it survives the end of this program and of the server. Except
+/// those that were refused: their completions, or tg_persist(), say so. 0: none is, or the handle is wrong (errno is set
+/// then). Reads shared memory only, so it is cheap; never goes back.
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_accepted(device: *mut tg_device) -> tg_ticket {
     error::value(0, || session::ticket(device, Device::accepted))
@@ -66,7 +67,8 @@ pub extern "C" fn tg_durable(device: *mut tg_device) -> tg_ticket {
 
 /// Waits until every change of the session up to `ticket` is durable, but not longer than `timeout_ns` nanoseconds; for ever if
 /// that is negative. -ETIMEDOUT: it is not yet. -EINVAL: the ticket is not one that this session gave out. Another negative
-/// value: a change up to `ticket` failed, or the server is gone.
+/// value: a change up to `ticket` that asked for no completion failed (TG_SILENT, tg_pwrite_async()), or the server is gone.
+/// After such a failure no more changes of that kind are taken: what stays has no hole. A new session begins without.
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_persist(device: *mut tg_device, ticket: tg_ticket, timeout_ns: i64) -> c_int {
     error::status(|| session::find(device)?.persist(ticket, timeout_ns))

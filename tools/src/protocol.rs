@@ -177,6 +177,9 @@ pub struct GateStatus {
     pub path: String,
     /// Who is in a session.
     pub clients: Vec<ClientStatus>,
+    /// It cannot be opened yet; that is tried again.
+    #[serde(default)]
+    pub is_lost: bool,
 }
 
 /// A client of a byte device.

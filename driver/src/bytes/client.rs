@@ -258,20 +258,21 @@ impl Device {
         self.watch.fd()
     }
 
-    /// Every change up to this ticket is accepted.
+    /// Every change up to this ticket is accepted, except those that were refused, whose completions say so.
     #[must_use]
     pub fn accepted(&self) -> Ticket {
         Ticket::new(self.session, self.memory.word(ACCEPTED).load(Ordering::Acquire))
     }
 
-    /// Every change up to this ticket is durable.
+    /// Every change up to this ticket is durable, except those that were refused, whose completions say so.
     #[must_use]
     pub fn durable(&self) -> Ticket {
         Ticket::new(self.session, self.memory.word(DURABLE_UP_TO).load(Ordering::Acquire))
     }
 
-    /// Waits until every change up to `ticket` is durable. Fails from then on if a write of [`Device::write_async`] up to
-    /// `ticket` has failed: a session with such a hole is done with, a new one begins without.
+    /// Waits until every change up to `ticket` is durable. Fails from then on if a change up to `ticket` that asked for no
+    /// completion (as those of [`Device::write_async`] do) has failed: no more of that kind are taken, a new session begins
+    /// without a hole.
     pub fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
         let submitted = self.submitter.lock().tail;
         if ticket.session() != self.session || !(1..=submitted).contains(&ticket.sequence()) {
@@ -322,6 +323,11 @@ impl Device {
 
     /// The same, but returns when the payload was taken over. [`Device::persist`] waits for it, and says if it failed.
     pub fn write_async(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
+        if let Some(failed) = self.reaper.lock().failed {
+            let what =
+                format!("the write with ticket {:#x} failed, and so do those after it", failed.ticket.0);
+            return Err(failure_of(failed.result, &what));
+        }
         let sequence = self.submit_copy(offset, parts, flags | SILENT, None)?;
         Ok(Ticket::new(self.session, sequence))
     }

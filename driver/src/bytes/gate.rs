@@ -20,6 +20,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ use crate::volume::{Engine, Wake};
 const SESSIONS_MAX: usize = 64;
 /// How often it is looked whether there is room again.
 const FULL_LOOK_MS: u16 = 100;
+/// Clients that wait to be told that they may not come in.
+const REFUSALS_MAX: usize = 256;
 /// After an error for want of memory or descriptors.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -149,12 +152,19 @@ impl Gate {
             sessions: Mutex::default(),
             ended: Condvar::new(),
         });
+        let failed = |e| Error::io(context("start a thread for"), e);
+        let (refused, to_refuse) = sync_channel(REFUSALS_MAX);
+        // Not waited for: whoever may not come in decides how long closing its socket takes.
+        std::thread::Builder::new()
+            .name("byte-refusal".into())
+            .spawn(move || refuse_all(&to_refuse))
+            .map_err(failed)?;
         let thread = {
             let inside = inside.clone();
             std::thread::Builder::new()
                 .name("byte-gate".into())
-                .spawn(move || inside.accept(&listener, &ended))
-                .map_err(|e| Error::io(context("start a thread for"), e))?
+                .spawn(move || inside.accept(&listener, &ended, &refused))
+                .map_err(failed)?
         };
         let identity = identity_of(path);
         Ok(Gate { inside, path: path.to_owned(), identity, bell, thread: Mutex::new(Some(thread)) })
@@ -179,10 +189,12 @@ impl Gate {
         Ok(())
     }
 
-    /// Who is in.
+    /// Who is in: not those who have yet to greet, or are gone.
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionInfo> {
-        self.inside.sessions.lock().values().map(|entry| entry.info.clone()).collect()
+        let sessions = self.inside.sessions.lock();
+        let is_in = |entry: &&Entry| entry.wake.is_some() && !is_gone(&entry.stream);
+        sessions.values().filter(is_in).map(|entry| entry.info.clone()).collect()
     }
 
     /// Has the sessions look again at what they tell their clients: the size of the volume has changed.
@@ -285,7 +297,12 @@ fn bind_closed(path: &Path) -> nix::Result<UnixListener> {
 }
 
 impl Inside {
-    fn accept(self: &Arc<Inside>, listener: &UnixListener, ended: &UnixStream) {
+    fn accept(
+        self: &Arc<Inside>,
+        listener: &UnixListener,
+        ended: &UnixStream,
+        refused: &SyncSender<Refused>,
+    ) {
         let mut next = 0;
         loop {
             // With all sessions taken, further clients wait outside.
@@ -308,7 +325,7 @@ impl Inside {
             match listener.accept() {
                 Ok((stream, _)) => {
                     next += 1;
-                    self.let_in(next, stream);
+                    self.let_in(next, stream, refused);
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(e) => {
@@ -319,10 +336,20 @@ impl Inside {
         }
     }
 
-    /// Gives a client a thread, where everything else is done: this one must not wait for any client, nor for what one
-    /// leaves behind.
-    fn let_in(self: &Arc<Inside>, number: u64, stream: UnixStream) {
+    /// Gives a client that may come in a thread, where everything else is done: this one must not wait for any client, nor
+    /// for what one leaves behind.
+    fn let_in(self: &Arc<Inside>, number: u64, stream: UnixStream, refused: &SyncSender<Refused>) {
         let peer = peer_of(&stream).unwrap_or(Peer { pid: 0, uid: u32::MAX, gids: Vec::new() });
+        if !self.access.lock().admits(&peer, nix::unistd::geteuid().as_raw()) {
+            let why = format!(
+                "user {} may not use this volume: attach it with --allow user:{}",
+                peer.uid, peer.uid
+            );
+            self.turned_away.say(&self.volume.to_string(), &why);
+            // With too many of them under way this one hears nothing.
+            let _ = refused.try_send((stream, why));
+            return;
+        }
         let Ok(shared) = stream.try_clone() else {
             self.turned_away.say(&self.volume.to_string(), "no descriptor to spare");
             return;
@@ -334,7 +361,7 @@ impl Inside {
         let inside = self.clone();
         let spawned = std::thread::Builder::new().name("byte-session".into()).spawn(move || {
             inside.wait_for_the_end_of(&gone);
-            inside.host(number, &stream, &peer);
+            inside.host(number, &stream);
             let entry = inside.sessions.lock().remove(&number);
             inside.ended.notify_all();
             // Last, and not under the lock: what a client has left in its socket may take long to close.
@@ -346,7 +373,7 @@ impl Inside {
         }
     }
 
-    fn host(self: &Arc<Inside>, number: u64, stream: &UnixStream, peer: &Peer) {
+    fn host(self: &Arc<Inside>, number: u64, stream: &UnixStream) {
         let Some(volume) = self.engine.volumes().into_iter().find(|v| v.id == self.volume) else {
             return serve::refuse(stream, libc::ENOENT, "the volume is gone");
         };
@@ -357,17 +384,7 @@ impl Inside {
             turned_away: self.turned_away.clone(),
             arena_bytes_max: ARENA_BYTES_MAX / 8,
         };
-        let admit = || {
-            if self.access.lock().admits(peer, nix::unistd::geteuid().as_raw()) {
-                return Ok(());
-            }
-            let who = format!(
-                "user {} may not use this volume: attach it with --allow user:{}",
-                peer.uid, peer.uid
-            );
-            Err((libc::EACCES, who))
-        };
-        serve::run(&setup, stream, &self.stop, admit, |wake| self.enter(number, wake));
+        serve::run(&setup, stream, &self.stop, |wake| self.enter(number, wake));
     }
 
     /// Each of them waits only for older ones, so this comes to an end when their requests do.
@@ -385,6 +402,15 @@ impl Inside {
         if self.stop.load(Ordering::Acquire) {
             wake.wake();
         }
+    }
+}
+
+/// A client that may not come in, and why.
+type Refused = (UnixStream, String);
+
+fn refuse_all(refused: &Receiver<Refused>) {
+    for (stream, why) in refused {
+        serve::refuse(&stream, libc::EACCES, &why);
     }
 }
 

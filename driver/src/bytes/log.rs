@@ -102,8 +102,8 @@ struct State {
     hint: Option<u64>,
     /// Ends of entries and the tickets that make everything before them durable, both growing.
     tickets: VecDeque<(u64, Ticket)>,
-    /// Everything before this position is durable.
-    durable: u64,
+    /// Everything before this position is durable, and so is the header; `None`: nothing is known to be.
+    durable: Option<u64>,
     /// Why nothing more is written.
     failed: Option<Failure>,
 }
@@ -126,7 +126,7 @@ impl<S: ByteStore> AppendLog<S> {
             bounds: Bounds { head: header.head, tail: header.hint },
             hint: None,
             tickets: VecDeque::new(),
-            durable: 0,
+            durable: None,
             failed: None,
         };
         if found.is_some() {
@@ -187,7 +187,7 @@ impl<S: ByteStore> AppendLog<S> {
             // The end of the entry is not known, but it is behind this.
             let end = if position.0 == bounds.tail { bounds.tail } else { position.0 + 1 };
             state.forget(self.store.durable());
-            if end <= state.durable {
+            if state.durable.is_some_and(|durable| end <= durable) {
                 return Ok(());
             }
             if let Some(failure) = &state.failed {
@@ -387,7 +387,7 @@ impl State {
     /// Everything up to `durable` is durable.
     fn forget(&mut self, durable: Ticket) {
         while let Some((end, _)) = self.tickets.front().copied().filter(|(_, ticket)| *ticket <= durable) {
-            self.durable = self.durable.max(end);
+            self.durable = self.durable.max(Some(end));
             self.tickets.pop_front();
         }
     }

@@ -30,7 +30,9 @@
 //! - B6 the client is not trusted: the server copies a descriptor before it looks at it, keeps its own counters, bounds
 //!   every offset and length, computes checksums over its own copy, and waits for nothing that only the client can do;
 //! - B7 a session begins when the sessions of the volume whose clients were gone before are over: what they had submitted is
-//!   carried out or dropped by then, and nothing of it comes later.
+//!   carried out or dropped by then, and nothing of it comes later;
+//! - B8 after a change that asked for no completion has failed, later ones of the session that ask for none fail too, so what
+//!   stays of them has no hole.
 
 pub mod client;
 pub mod gate;

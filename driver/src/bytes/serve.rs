@@ -3,15 +3,17 @@
 //! One round: feed every event at hand to the door; take submissions; end the batch; tell the client; sleep if there is
 //! nothing to take. The thread never waits for the client: it sends without blocking, and only polls what it can write to.
 
-use std::io::{IoSlice, Read};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno as OsErrno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, send, sendmsg};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::gate::Seldom;
@@ -26,6 +28,7 @@ use crate::volume::{Door, DoorIo, Engine, RequestKind, VolumeDoor, Wake};
 
 /// How long a client may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
+const GREETING_LOOK: Duration = Duration::from_millis(5);
 /// What a client gets that leaves the sizes to the server.
 const DEPTH: u32 = 128;
 const ARENA_BYTES: u32 = 8 << 20;
@@ -90,7 +93,7 @@ enum End {
 /// The greeting of a client, or why there is none, as an errno and words.
 fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
     let mut bytes = [0; size_of::<HelloImage>()];
-    read_within(stream, &mut bytes).map_err(|e| (libc::EPROTO, format!("no greeting came: {e}")))?;
+    peek_within(stream, &mut bytes).map_err(|e| (libc::EPROTO, format!("no greeting came: {e}")))?;
     let hello = HelloImage::read_from_bytes(&bytes).expect("of its size");
     if hello.magic != HELLO_MAGIC {
         return Err((
@@ -112,24 +115,30 @@ fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
     Ok(hello)
 }
 
-/// Fills `bytes` from a client that may take [`GREETING_PATIENCE`] for all of it together.
-fn read_within(mut stream: &UnixStream, bytes: &mut [u8]) -> std::io::Result<()> {
+/// Fills `bytes` from a client that may take [`GREETING_PATIENCE`] for all of it together. They stay in the socket: what
+/// came with them goes when the socket does.
+fn peek_within(stream: &UnixStream, bytes: &mut [u8]) -> std::io::Result<()> {
     let deadline = Instant::now() + GREETING_PATIENCE;
-    let mut filled = 0;
-    while filled < bytes.len() {
+    loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(std::io::ErrorKind::TimedOut.into());
         }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut bytes[filled..]) {
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(left.as_millis() as i32).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut fds, timeout).and_then(|_| recv(stream.as_raw_fd(), bytes, peek_flags())) {
             Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => filled += count,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+            Ok(count) if count == bytes.len() => return Ok(()),
+            // Part of it is there, and would be at once again.
+            Ok(_) => std::thread::sleep(GREETING_LOOK),
+            Err(OsErrno::EINTR | OsErrno::EAGAIN) => {}
+            Err(e) => return Err(e.into()),
         }
     }
-    Ok(())
+}
+
+fn peek_flags() -> MsgFlags {
+    MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT
 }
 
 /// The sizes that a client gets.
@@ -193,18 +202,16 @@ impl Drop for AbortOnPanic {
     }
 }
 
-/// The thread's body. `admit` says whether the client may come in, once it has greeted; `started` is told how to wake the
-/// thread. What the client has sent beside its greeting goes with the socket, after the session.
+/// The thread's body. `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
+/// socket, after the session.
 pub(super) fn run(
     setup: &Setup,
     stream: &UnixStream,
     stop: &AtomicBool,
-    admit: impl FnOnce() -> std::result::Result<(), (i32, String)>,
     started: impl FnOnce(Arc<dyn Wake>),
 ) {
     let _abort = AbortOnPanic;
-    let greeted =
-        greeting(stream).and_then(|hello| admit().and_then(|()| layout_for(&hello, setup.arena_bytes_max)));
+    let greeted = greeting(stream).and_then(|hello| layout_for(&hello, setup.arena_bytes_max));
     let layout = match greeted {
         Ok(layout) => layout,
         Err((errno, why)) => {
@@ -351,18 +358,19 @@ fn serve(io: &mut Io, door: &mut VolumeDoor, stream: &UnixStream, stop: &AtomicB
             ring(stream);
         }
         // What a held submission waits for may have come about since it was looked at; if not, somebody has to say so.
-        let held = next == Next::Held
-            && io.session.next_is_held()
-            && io.session.waits_for().is_none_or(|lsn| door.tell_when_accepted(lsn));
-        let settled = match next {
-            Next::Broken(what) => {
-                end = Some(End::Broken(what));
-                true
-            }
-            Next::Again | Next::Request(_) => false,
-            Next::Held => held,
-            Next::Nothing | Next::Full => true,
-        };
+        let held = next == Next::Held && io.session.next_is_held();
+        // The client and other sessions wait for the word of what is accepted, too.
+        let behind = io.session.waits_for().is_some_and(|lsn| !door.tell_when_accepted(lsn));
+        let settled = !behind
+            && match next {
+                Next::Broken(what) => {
+                    end = Some(End::Broken(what));
+                    true
+                }
+                Next::Again | Next::Request(_) => false,
+                Next::Held => held,
+                Next::Nothing | Next::Full => true,
+            };
         // What it had submitted is carried out, up to what would wait for another session.
         if client_gone && end.is_none() && settled && io.session.in_flight() == 0 && next != Next::Full {
             end = Some(End::ClientGone);

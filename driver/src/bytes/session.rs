@@ -52,7 +52,6 @@ pub struct Progress {
 /// A request that the door has.
 #[derive(Clone, Copy, Debug)]
 struct InFlight {
-    operation: Operation,
     flags: u8,
     sequence: u64,
     cookie: u64,
@@ -105,8 +104,8 @@ pub struct Session {
     taken: u64,
     /// Completions made.
     completed: u64,
-    /// What the client knows of: submissions taken, completions made, accepted, durable.
-    told: [u64; 4],
+    /// What the client knows of: submissions taken and released, completions made, accepted, durable.
+    told: [u64; 5],
     /// The client took completions before this.
     reaped: u64,
     /// The next submission, when its turn has not come.
@@ -122,8 +121,10 @@ pub struct Session {
     accepted: u64,
     durable: u64,
     progress: Progress,
-    /// Nobody takes completions any more.
-    is_alone: bool,
+    /// Nobody takes completions any more, and submissions up to here were made.
+    last: Option<u64>,
+    /// A change that asked for no completion has failed (B8).
+    has_hole: bool,
 }
 
 impl Session {
@@ -146,7 +147,7 @@ impl Session {
             ties,
             taken: 0,
             completed: 0,
-            told: [0; 4],
+            told: [0; 5],
             reaped: 0,
             held: None,
             requests: vec![None; layout.depth as usize],
@@ -157,15 +158,19 @@ impl Session {
             accepted: 0,
             durable: 0,
             progress,
-            is_alone: false,
+            last: None,
+            has_hole: false,
             memory,
         }
     }
 
-    /// The client is gone: what it has submitted is carried out, and nobody is told. A request that waits for another
-    /// session then waits in vain.
+    /// The client is gone: what it has submitted by now is carried out, and nobody is told. A request that waits for another
+    /// session then waits in vain. Somebody may still have the memory: what is written to it from now on does not count.
     pub fn client_is_gone(&mut self) {
-        self.is_alone = true;
+        if self.last.is_none() {
+            let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
+            self.last = Some(tail.clamp(self.taken, self.taken + u64::from(self.layout.depth)));
+        }
     }
 
     /// Its number.
@@ -204,7 +209,7 @@ impl Session {
         self.held = None;
         self.taken += 1;
         if operation == Operation::Barrier {
-            self.put_completion(image.cookie.get(), self.taken, 0, Ok(()));
+            self.put_completion(image.cookie.get(), self.taken, 0, Ok(()), false);
             return Next::Again;
         }
         Next::Request(self.begin(operation, &image))
@@ -216,17 +221,14 @@ impl Session {
         self.advance();
     }
 
-    /// If the submission that is held waits only for other threads to publish what is before a change of this session: that
-    /// change.
+    /// The last change that has its place and is not known to be accepted: other threads have to publish what is before it.
     #[must_use]
     pub fn waits_for(&self) -> Option<Lsn> {
-        if self.held.is_none() || self.unplaced > 0 {
-            return None;
-        }
-        match self.unaccepted.back()?.state {
+        let placed = |change: &Change| match change.state {
             ChangeState::Placed(lsn) => Some(lsn),
             ChangeState::Unplaced | ChangeState::Refused => None,
-        }
+        };
+        self.unaccepted.iter().rev().find_map(placed)
     }
 
     /// Whether the submission that was held still is. What it waits for may have come about with what was told since.
@@ -237,7 +239,7 @@ impl Session {
 
     /// A submission from the ring. That there is room for its completion is made sure before it is taken.
     fn fetch_submission(&mut self) -> Result<SubmissionImage, Next> {
-        let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
+        let tail = self.last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire));
         if tail == self.taken {
             return Err(Next::Nothing);
         }
@@ -246,7 +248,7 @@ impl Session {
         }
         if self.is_full() {
             let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
-            if head < self.reaped || head > self.told[1] {
+            if head < self.reaped || head > self.told[2] {
                 return Err(Next::Broken("the completion head is not within the ring"));
             }
             self.reaped = head;
@@ -262,12 +264,15 @@ impl Session {
     fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
         let operation = Operation::from_code(image.operation).ok_or(Errno::EOPNOTSUPP)?;
         let (offset, len) = (image.offset.get(), image.len.get());
-        let is_change = matches!(operation, Operation::Write | Operation::WriteZeroes | Operation::Discard);
+        let is_change = is_change(operation);
         let flags = if is_change { DURABLE | SILENT } else { 0 };
         if image.flags & !flags != 0 || image.reserved.get() != 0 {
             return Err(Errno::EINVAL);
         }
         let has_range = is_change || operation == Operation::Read;
+        if image.flags & SILENT != 0 && self.has_hole {
+            return Err(Errno(libc::ECANCELED));
+        }
         if !has_range {
             return if (offset, len) == (0, 0) { Ok(operation) } else { Err(Errno::EINVAL) };
         }
@@ -310,6 +315,8 @@ impl Session {
         Ok(match operation {
             Operation::Barrier => self.in_flight() == 0,
             Operation::Read | Operation::Flush => self.unaccepted.is_empty(),
+            // Nobody waits for it, so it waits for the word of the one before: that may be a refusal.
+            _ if image.flags & SILENT != 0 => self.unplaced == 0,
             Operation::Write | Operation::WriteZeroes | Operation::Discard => true,
         })
     }
@@ -318,7 +325,6 @@ impl Session {
         let tag = self.free.pop().expect("looked for before the submission was taken");
         let sequence = self.taken;
         self.requests[tag as usize] = Some(InFlight {
-            operation,
             flags: image.flags,
             sequence,
             cookie: image.cookie.get(),
@@ -349,7 +355,10 @@ impl Session {
     fn refuse(&mut self, image: &SubmissionImage, errno: Errno) -> Next {
         self.held = None;
         self.taken += 1;
-        self.put_completion(image.cookie.get(), self.taken, 0, Err(errno));
+        let silent =
+            image.flags & SILENT != 0 && Operation::from_code(image.operation).is_some_and(is_change);
+        self.has_hole |= silent;
+        self.put_completion(image.cookie.get(), self.taken, 0, Err(errno), silent);
         Next::Again
     }
 
@@ -391,14 +400,22 @@ impl Session {
         if request.lsn == 0 {
             self.settle(request.sequence, ChangeState::Refused);
         }
-        if request.flags & SILENT == 0 || result.is_err() {
-            debug_assert!(request.operation != Operation::Barrier);
-            self.put_completion(request.cookie, request.sequence, request.lsn, result);
+        let silent = request.flags & SILENT != 0;
+        if !silent || result.is_err() {
+            self.has_hole |= silent;
+            self.put_completion(request.cookie, request.sequence, request.lsn, result, silent);
         }
     }
 
-    fn put_completion(&mut self, cookie: u64, sequence: u64, lsn: u64, result: Result<(), Errno>) {
-        if self.is_alone {
+    fn put_completion(
+        &mut self,
+        cookie: u64,
+        sequence: u64,
+        lsn: u64,
+        result: Result<(), Errno>,
+        silent: bool,
+    ) {
+        if self.last.is_some() {
             return;
         }
         let errno = match result {
@@ -411,7 +428,7 @@ impl Session {
             ticket: Ticket::new(self.number, sequence).0.into(),
             lsn: lsn.into(),
             result: errno.into(),
-            reserved: 0.into(),
+            flags: u32::from(silent && errno != 0).into(),
         };
         let mut words = [0; 4];
         for (word, bytes) in words.iter_mut().zip(image.as_bytes().chunks_exact(8)) {
@@ -425,8 +442,8 @@ impl Session {
     pub fn tell(&mut self, progress: Progress) -> bool {
         self.refresh(progress);
         self.memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Release);
-        let now = [self.taken, self.completed, self.accepted, self.durable];
-        self.memory.word(SUBMISSION_HEAD).store(self.released(), Ordering::Release);
+        let now = [self.taken, self.released(), self.completed, self.accepted, self.durable];
+        self.memory.word(SUBMISSION_HEAD).store(now[1], Ordering::Release);
         if now == self.told {
             return false;
         }
@@ -501,7 +518,7 @@ impl Session {
 
     fn is_full(&self) -> bool {
         let used = self.in_flight() as u64 + self.completed - self.reaped;
-        let completions_full = used >= u64::from(self.layout.completion_depth()) && !self.is_alone;
+        let completions_full = used >= u64::from(self.layout.completion_depth()) && self.last.is_none();
         completions_full || self.free.is_empty()
     }
 
@@ -511,10 +528,14 @@ impl Session {
     }
 }
 
+fn is_change(operation: Operation) -> bool {
+    matches!(operation, Operation::Write | Operation::WriteZeroes | Operation::Discard)
+}
+
 impl Drop for Session {
     fn drop(&mut self) {
         self.ties.end(self.number, self.taken);
-        if self.is_alone {
+        if self.last.is_some() {
             // Whoever keeps the mapping of a client that is gone keeps no memory of the server's.
             self.memory.give_back();
         }

@@ -64,8 +64,11 @@
 //!  8  u64  ticket
 //! 16  u64  LSN, 0 if it has none
 //! 24  i32  0, or a negative errno value
-//! 28  u32  reserved
+//! 28  u32  flags: 1: of a change that asked for no completion, and failed
 //! ```
+//!
+//! After a change that asked for no completion has failed, every later one that asks for none fails with `ECANCELED`: nobody
+//! waits between such changes, and what stays of them is what came before the first that failed.
 //!
 //! A submission is valid if and only if operation and flags are known, reserved bytes are 0, its range lies in the volume, a
 //! transfer lies in the arena and is no longer than the longest write, a flush or barrier has no range, and its tickets are
@@ -113,6 +116,9 @@ pub const SUBMISSIONS: usize = 8192;
 
 /// Size of a submission.
 pub const SUBMISSION_BYTES: usize = 64;
+/// Flag of a completion: its change asked for none, and failed.
+pub const FAILED_SILENTLY: u32 = 1;
+
 /// Size of a completion.
 pub const COMPLETION_BYTES: usize = 32;
 
@@ -216,8 +222,8 @@ pub struct CompletionImage {
     pub lsn: U64,
     /// 0, or a negative errno value.
     pub result: I32,
-    /// Zero.
-    pub reserved: U32,
+    /// [`FAILED_SILENTLY`].
+    pub flags: U32,
 }
 
 const _: () = assert!(size_of::<CompletionImage>() == COMPLETION_BYTES);

@@ -95,10 +95,19 @@ fn end_without_server(dir: &StageDir, entry: &Entry, problem: Error) -> Result<(
     if Client::connect(dir).is_some() {
         return Err(problem);
     }
-    let Some((device_id, _)) = engine::device_of(entry.volume_uuid)? else { return Err(problem) };
-    tidegate_ublk::delete(device_id)?;
-    links::remove(&entry.name, device_id);
-    if let Some(mut runtime) = dir.runtime()? {
+    let device = engine::device_of(entry.volume_uuid)?;
+    let runtime = dir.runtime()?;
+    let is_gate =
+        runtime.as_ref().is_some_and(|r| r.gates.iter().any(|g| g.volume_uuid == entry.volume_uuid));
+    match device {
+        Some((device_id, _)) => {
+            tidegate_ublk::delete(device_id)?;
+            links::remove(&entry.name, device_id);
+        }
+        None if is_gate => {}
+        None => return Err(problem),
+    }
+    if let Some(mut runtime) = runtime {
         runtime.devices.retain(|d| d.volume_uuid != entry.volume_uuid);
         runtime.gates.retain(|g| g.volume_uuid != entry.volume_uuid);
         dir.put_runtime(&runtime)?;

@@ -320,6 +320,7 @@ fn volume_of(entry: &Entry, known: &Known) -> Volume {
         (Some(_), Some(d), _) if d.problem.is_some() => State::Waiting,
         (Some(s), _, _) if s.ending && (device.is_some() || gate.is_some()) => State::Ending,
         (Some(_), Some(_), _) => State::Attached,
+        (Some(_), None, _) if gate.is_some_and(|g| g.is_lost) => State::Waiting,
         (Some(_), None, _) if gate.is_some() => State::Attached,
         (Some(_), None, _) => State::Detached,
         (None, _, _) if known.hangs.is_some() => State::NotAnswering,

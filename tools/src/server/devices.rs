@@ -172,6 +172,12 @@ impl Server {
         let _one = self.begin()?;
         let volume = self.volume(name)?;
         self.forget_ended();
+        if self.lost_gates.lock().iter().any(|lost| lost.volume == name) {
+            let what = format!(
+                "volume '{name}' is a byte device whose socket cannot be opened yet: detach it first"
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
         if let Some(Opened { gate, .. }) = self.gates.lock().get(name) {
             let what = format!(
                 "volume '{name}' is attached as byte device {}, and a volume is a block device or a byte device, never both: \

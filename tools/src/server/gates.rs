@@ -52,9 +52,9 @@ impl Server {
             open.gate.set_access(config.access)?;
             return Ok(path);
         }
-        self.lost_gates.lock().retain(|lost| lost.volume != name);
         self.free(name)?;
         self.open_gate(&volume, config, false)?;
+        self.lost_gates.lock().retain(|lost| lost.volume != name);
         self.note_runtime();
         tracing::info!("attached volume '{name}' as byte device {path}");
         Ok(path)
@@ -88,6 +88,15 @@ impl Server {
     pub(super) fn retry_gates(&self) {
         let lost = std::mem::take(&mut *self.lost_gates.lock());
         for gate in lost {
+            if self.attached.lock().contains_key(&gate.volume)
+                || self.waiting.lock().contains_key(&gate.volume)
+            {
+                tracing::error!(
+                    "volume '{}' is a block device, so it is no byte device any more",
+                    gate.volume
+                );
+                continue;
+            }
             let Some(volume) = self.engine.volumes().into_iter().find(|v| v.uuid == gate.volume_uuid) else {
                 continue;
             };
@@ -158,8 +167,16 @@ impl Server {
             volume: name.clone(),
             path: open.gate.path().display().to_string(),
             clients: open.gate.sessions().iter().map(|s| ClientStatus { pid: s.pid, uid: s.uid }).collect(),
+            is_lost: false,
         };
-        gates.iter().map(status).collect()
+        let lost = self.lost_gates.lock();
+        let lost = lost.iter().map(|lost| GateStatus {
+            volume: lost.volume.clone(),
+            path: lost.path.display().to_string(),
+            clients: Vec::new(),
+            is_lost: true,
+        });
+        gates.iter().map(status).chain(lost).collect()
     }
 
     /// Gates as a successor has to open them.

@@ -43,7 +43,12 @@ pub fn socket_path(target: &str) -> PathBuf {
 }
 
 fn failed(what: &str, target: &str, e: &std::io::Error) -> Failure {
-    let errno = e.raw_os_error().unwrap_or(libc::EPROTO);
+    let errno = match e.kind() {
+        // It died before it could answer.
+        std::io::ErrorKind::UnexpectedEof => libc::ECONNRESET,
+        std::io::ErrorKind::WouldBlock => libc::ETIMEDOUT,
+        _ => e.raw_os_error().unwrap_or(libc::EPROTO),
+    };
     Failure::new(errno, format!("{what} '{target}': {e}"))
 }
 
@@ -67,7 +72,11 @@ pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Conn
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.write_all(hello.as_bytes())
     };
-    greet(&socket).map_err(|e| failed("cannot greet the server of", target, &e))?;
+    match greet(&socket) {
+        // It has said why before it was greeted.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {}
+        greeted => greeted.map_err(|e| failed("cannot greet the server of", target, &e))?,
+    }
     let (welcome, descriptors) =
         receive(&socket).map_err(|e| failed("no answer from the server of", target, &e))?;
     if welcome.magic != WELCOME_MAGIC {

@@ -8,8 +8,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::super::{Completion, Submission, Ticket};
 use super::space::{Copies, Parts};
 use crate::format::byte_ring::{
-    COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, RingLayout, SERVER_SLEEPS, SUBMISSION_HEAD,
-    SUBMISSION_TAIL, SubmissionImage,
+    COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, FAILED_SILENTLY, RingLayout, SERVER_SLEEPS,
+    SUBMISSION_HEAD, SUBMISSION_TAIL, SubmissionImage,
 };
 use crate::io::SharedMap;
 
@@ -108,7 +108,7 @@ pub(super) struct Reaper {
     pub own: HashMap<u64, Own>,
     /// Completions for the program.
     pub ready: VecDeque<Completion>,
-    /// Of the writes that nobody waited for and that failed: the first in the order of submission.
+    /// Of the changes that nobody waited for and that failed: the first in the order of submission.
     pub failed: Option<Completion>,
     /// Slots for reads that came back.
     pub slots: Vec<u32>,
@@ -127,12 +127,15 @@ impl Reaper {
             let bytes = words.map(u64::to_ne_bytes);
             let image = CompletionImage::read_from_bytes(bytes.as_flattened()).expect("32 bytes");
             self.head += 1;
-            self.sort(Completion {
-                cookie: image.cookie.get(),
-                ticket: Ticket(image.ticket.get()),
-                lsn: image.lsn.get(),
-                result: image.result.get(),
-            });
+            self.sort(
+                Completion {
+                    cookie: image.cookie.get(),
+                    ticket: Ticket(image.ticket.get()),
+                    lsn: image.lsn.get(),
+                    result: image.result.get(),
+                },
+                image.flags.get() & FAILED_SILENTLY != 0,
+            );
         }
         memory.word(COMPLETION_HEAD).store(self.head, Ordering::Release);
         // One that had no room for completions waits for this. Looked at behind the fence that pairs with its own.
@@ -141,7 +144,11 @@ impl Reaper {
         memory.word(SUBMISSION_HEAD).load(Ordering::Relaxed) != tail && server_sleeps(memory)
     }
 
-    fn sort(&mut self, completion: Completion) {
+    fn sort(&mut self, completion: Completion, silent: bool) {
+        if silent {
+            let is_first = self.failed.is_none_or(|failed| completion.ticket < failed.ticket);
+            self.failed = self.failed.filter(|_| !is_first).or(Some(completion));
+        }
         if completion.cookie != OWN_COOKIE {
             self.ready.push_back(completion);
             return;
@@ -157,10 +164,7 @@ impl Reaper {
                 self.own.remove(&sequence);
             }
             // A write that nobody waits for has a completion only if it failed.
-            None => {
-                let is_first = self.failed.is_none_or(|failed| completion.ticket < failed.ticket);
-                self.failed = self.failed.filter(|_| !is_first).or(Some(completion));
-            }
+            None => {}
         }
     }
 }

@@ -150,6 +150,13 @@ impl Model {
 
     fn told(&mut self, tag: u32, lsn: u64) {
         let sequence = self.session.request(tag).sequence;
+        let silent = |s: &u64| self.kinds[s].1 & SILENT != 0;
+        let is_change =
+            |s: &u64| !matches!(self.kinds[s].0, Operation::Read | Operation::Flush | Operation::Barrier);
+        let refused =
+            |s: &u64| is_change(s) && silent(s) && !self.places.contains_key(s) && self.is_refused(*s);
+        let before: Vec<u64> = (1..sequence).filter(|s| refused(s)).collect();
+        assert!(!silent(&sequence) || before.is_empty(), "B8: {sequence} behind {before:?}");
         self.places.insert(sequence, lsn);
         let places: Vec<u64> = self.places.values().copied().collect();
         assert!(places.is_sorted(), "B1");
@@ -373,4 +380,44 @@ fn what_is_remembered_of_changes_is_bounded_and_nothing_is_claimed_too_early() {
     }
     session.tell(progress_at(Lsn(lsn), Lsn(lsn)));
     assert_eq!(memory.word(DURABLE_UP_TO).load(Ordering::Acquire), 40_000);
+}
+
+#[test]
+fn changes_that_nobody_waits_for_leave_no_hole() {
+    let (mut session, memory, layout, _) = session();
+    let silent = |cookie| SubmissionImage { flags: SILENT, ..image(Operation::Write, cookie) };
+    for number in 0..4 {
+        put(&memory, &layout, number, &silent(number));
+    }
+    put(&memory, &layout, 4, &image(Operation::Write, 4));
+    let Next::Request(first) = session.take() else { panic!("its turn") };
+    assert_eq!(session.take(), Next::Held, "what becomes of the one before is not known yet");
+    session.placed(first.tag, Lsn(1));
+    session.complete(first.tag, Ok(()));
+    let Next::Request(second) = session.take() else { panic!("its turn") };
+    session.complete(second.tag, Err(Errno::EIO));
+    assert_eq!((session.take(), session.take()), (Next::Again, Next::Again), "refused");
+    let Next::Request(other) = session.take() else { panic!("somebody waits for this one") };
+    session.placed(other.tag, Lsn(2));
+    session.complete(other.tag, Ok(()));
+    session.tell(progress_at(Lsn(2), Lsn(2)));
+    let results: Vec<(i32, u32)> = (0..4)
+        .map(|n| memory.words::<4>(layout.completion(n))[3])
+        .map(|word| (word as u32 as i32, (word >> 32) as u32))
+        .collect();
+    assert_eq!(results, [(-libc::EIO, 1), (-libc::ECANCELED, 1), (-libc::ECANCELED, 1), (0, 0)]);
+}
+
+#[test]
+fn what_is_written_to_the_memory_of_a_client_that_is_gone_does_not_count() {
+    let (mut session, memory, layout, _) = session();
+    put(&memory, &layout, 0, &image(Operation::Write, 0));
+    session.client_is_gone();
+    put(&memory, &layout, 1, &image(Operation::Write, 1));
+    let Next::Request(request) = session.take() else { panic!("it was submitted before") };
+    session.placed(request.tag, Lsn(1));
+    session.complete(request.tag, Ok(()));
+    assert_eq!(session.take(), Next::Nothing);
+    memory.word(SUBMISSION_TAIL).store(u64::MAX, Ordering::Release);
+    assert_eq!(session.take(), Next::Nothing);
 }
