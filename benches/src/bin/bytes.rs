@@ -1,7 +1,7 @@
 //! Measures the byte door on this machine: submissions a second, latency, and durable appends against what programs do
 //! without it. Prints one JSON object a line: name, unit, median, lowest, highest, runs.
 //!
-//! Usage: bytes DIR [QUICK]      DIR: a folder on a real disk; QUICK: fewer, shorter runs
+//! Usage: bytes DIR quick      DIR: a folder on a real disk; quick, if it is there: fewer, shorter runs
 
 use std::fs::{File, OpenOptions};
 use std::io::{IoSlice, Write as _};
@@ -36,7 +36,7 @@ struct Effort {
 fn main() {
     let mut args = std::env::args().skip(1);
     let Some(dir) = args.next() else {
-        eprintln!("usage: bytes DIR [QUICK]");
+        eprintln!("usage: bytes DIR [quick]");
         std::process::exit(2);
     };
     let effort = if args.next().is_some() {
