@@ -22,7 +22,7 @@ impl Wake for Quiet {
     fn wake(&self) {}
 }
 
-/// Each 11 bytes: where to write a word, the word, and what happens then.
+// Each 11 bytes: where to write a word, the word, and what happens then.
 fuzz_target!(|data: &[u8]| {
     let layout = RingLayout::new(8, 4096).unwrap();
     let memory = Arc::new(SharedMap::create(layout.memory_bytes()).unwrap());
