@@ -45,11 +45,9 @@ impl Server {
         let volume = self.volume(name)?;
         self.forget_ended();
         let path = config.path.display().to_string();
-        if let Some(open) = self.gates.lock().get_mut(name)
-            && open.gate.path() == config.path
-            && std::mem::take(&mut open.recovered)
-        {
-            open.gate.set_access(config.access)?;
+        if let Some(gate) = self.recovered_gate(name, &config.path) {
+            gate.set_access(config.access)?;
+            self.note_runtime();
             return Ok(path);
         }
         self.free(name)?;
@@ -58,6 +56,13 @@ impl Server {
         self.note_runtime();
         tracing::info!("attached volume '{name}' as byte device {path}");
         Ok(path)
+    }
+
+    /// The gate of a volume that came through a crash, once.
+    fn recovered_gate(&self, name: &str, path: &Path) -> Option<Arc<Gate>> {
+        let mut gates = self.gates.lock();
+        let open = gates.get_mut(name).filter(|open| open.gate.path() == path)?;
+        std::mem::take(&mut open.recovered).then(|| Arc::clone(&open.gate))
     }
 
     fn open_gate(&self, volume: &VolumeInfo, config: GateConfig, recovered: bool) -> Result<()> {
