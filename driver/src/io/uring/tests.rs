@@ -1,10 +1,13 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::entry::{self, Verdict, Way};
 use super::slab::{InFlight, Slab};
@@ -392,4 +395,39 @@ fn slots_are_reused_with_new_keys() {
     assert_eq!(c as u32, a as u32, "same slot");
     assert_ne!(c, a, "other key");
     assert_eq!((slab.get(b).op.token, slab.get(c).op.token, slab.len()), (Token(2), Token(3), 2));
+}
+
+#[test]
+fn a_bell_that_overruns_the_completions_is_heard_again() {
+    let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut reactor = Reactor::new(64).unwrap();
+    reactor.listen_to(bell.as_fd().try_clone_to_owned().unwrap(), ours.into());
+    let heard = |reactor: &mut Reactor| {
+        let mut count = 0;
+        while let Some(event) = reactor.next_event() {
+            assert!(matches!(event, Event::Bell { closed: false }), "{event:?}");
+            count += 1;
+        }
+        count
+    };
+    for round in 0..3 {
+        // Many more than the ring has completions for, none of them taken: the kernel gives up polling.
+        for _ in 0..5000 {
+            bell.write(1).unwrap();
+            let _ = reactor.enter(false, None);
+        }
+        assert!(heard(&mut reactor) >= 256, "round {round} filled the ring");
+        // Whatever was overrun is taken, then the bell is silent, then one ring is heard.
+        for _ in 0..3 {
+            reactor.submit_and_wait(Some(Duration::ZERO)).unwrap();
+            heard(&mut reactor);
+        }
+        bell.write(1).unwrap();
+        reactor.submit_and_wait(Some(Duration::from_secs(5))).unwrap();
+        assert!(heard(&mut reactor) > 0, "round {round}");
+    }
+    drop(theirs);
+    reactor.submit_and_wait(Some(Duration::from_secs(5))).unwrap();
+    assert!(matches!(reactor.next_event(), Some(Event::Bell { closed: true })));
 }
