@@ -19,6 +19,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
 use io_uring::opcode;
+use tidegate_driver::base::abort::AbortOnPanic;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::io::uring::{Event, FileSlot, RAW, Reactor, Waker};
 use tidegate_driver::io::{Errno, Op};
@@ -295,18 +296,6 @@ fn io_error(result: i32) -> std::io::Error {
 
 fn errno(error: std::io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno)
-}
-
-/// Ends the process when dropped while its thread panics. Release builds abort on any panic anyway; this makes debug
-/// builds and tests behave alike.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
-        }
-    }
 }
 
 /// What a queue has before it has its device.

@@ -1,5 +1,6 @@
 //! Units, limits, errors, checksum: what every other module may use and what uses nothing.
 
+pub mod abort;
 pub mod checksum;
 pub mod error;
 pub mod limits;

@@ -19,6 +19,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::gate::Seldom;
 use super::session::{Next, Progress, Session};
 use super::ties::Ties;
+use crate::base::abort::AbortOnPanic;
 use crate::base::{Error, ErrorKind, Lsn, Result};
 use crate::format::byte_ring::{HELLO_MAGIC, HelloImage, RingLayout, WIRE_VERSION, WelcomeImage, put_text};
 use crate::format::volume_entry::VolumeInfo;
@@ -188,18 +189,6 @@ fn welcome(stream: &UnixStream, setup: &Setup, opened: &Opened, layout: RingLayo
 /// Wakes the client. A socket that is full of wake-ups wakes it as well.
 fn ring(stream: &UnixStream) {
     let _ = send(stream.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
-}
-
-/// Ends the process when dropped while its thread panics: the log write of everybody may be this thread's. Release builds
-/// abort on any panic anyway.
-struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            std::process::abort();
-        }
-    }
 }
 
 /// The thread's body. `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
