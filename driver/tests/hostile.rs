@@ -163,7 +163,7 @@ fn clients_that_scribble_stall_and_die_hurt_only_themselves() {
     // One that stalls with everything in flight and full rings, until the gate closes.
     let stalled = Raw::open(&path);
     for slot in 0..8 {
-        stalled.memory.put_words(stalled.layout.submission(slot), &[3, 0, 64, slot, 0, 0, 0, 0]);
+        stalled.memory.put_image(stalled.layout.submission(slot), &[3u64, 0, 64, slot, 0, 0, 0, 0]);
     }
     stalled.memory.word(SUBMISSION_TAIL).store(8, Ordering::Release);
     stalled.ring();
@@ -189,7 +189,7 @@ fn scribble(raw: &Raw, rng: &mut ChaCha8Rng) {
                 let operation = u64::from(rng.random_range(0..8u8));
                 let words =
                     [operation, rng.random_range(0..1 << 20), rng.random_range(0..5000), 1, 0, 0, 0, 0];
-                raw.memory.put_words(raw.layout.submission(rng.random_range(0..8)), &words);
+                raw.memory.put_image(raw.layout.submission(rng.random_range(0..8)), &words);
             }
             4 => drop((&raw.socket).write_all(&vec![rng.random(); rng.random_range(1..200)])),
             _ => drop(raw.ring()),

@@ -23,8 +23,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use zerocopy::{FromBytes, IntoBytes};
-
 use super::ties::{Tie, Ties};
 use super::{DURABLE, Operation, SILENT, Ticket};
 use crate::base::Lsn;
@@ -256,9 +254,7 @@ impl Session {
                 return Err(Next::Full);
             }
         }
-        let words: [u64; 8] = self.memory.words(self.layout.submission(self.taken));
-        let bytes = words.map(u64::to_ne_bytes);
-        Ok(SubmissionImage::read_from_bytes(bytes.as_flattened()).expect("64 bytes"))
+        Ok(self.memory.image(self.layout.submission(self.taken)))
     }
 
     fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
@@ -430,11 +426,7 @@ impl Session {
             result: errno.into(),
             flags: u32::from(silent && errno != 0).into(),
         };
-        let mut words = [0; 4];
-        for (word, bytes) in words.iter_mut().zip(image.as_bytes().chunks_exact(8)) {
-            *word = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
-        }
-        self.memory.put_words(self.layout.completion(self.completed), &words);
+        self.memory.put_image(self.layout.completion(self.completed), &image);
         self.completed += 1;
     }
 

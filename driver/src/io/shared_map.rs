@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use crate::base::{Error, ErrorKind, Result};
 
 /// A mapping of a memfd, shared with whoever else has its descriptor.
@@ -126,16 +128,21 @@ impl SharedMap {
         unsafe { &*self.base.add(at).cast::<AtomicU32>() }
     }
 
-    /// The `N` words at byte `at`, each read once; all together they are what was there only if nobody writes.
+    /// The structure at byte `at`, each of its words read once. Its size is a multiple of 8.
     #[must_use]
-    pub fn words<const N: usize>(&self, at: usize) -> [u64; N] {
-        std::array::from_fn(|i| self.word(at + 8 * i).load(Ordering::Relaxed))
+    pub fn image<T: FromBytes + IntoBytes>(&self, at: usize) -> T {
+        let mut image = T::new_zeroed();
+        for (i, bytes) in image.as_mut_bytes().chunks_exact_mut(8).enumerate() {
+            bytes.copy_from_slice(&self.word(at + 8 * i).load(Ordering::Relaxed).to_ne_bytes());
+        }
+        image
     }
 
-    /// Puts words at byte `at`.
-    pub fn put_words(&self, at: usize, words: &[u64]) {
-        for (i, word) in words.iter().enumerate() {
-            self.word(at + 8 * i).store(*word, Ordering::Relaxed);
+    /// Puts a structure at byte `at`, word by word. Its size is a multiple of 8.
+    pub fn put_image<T: IntoBytes + Immutable>(&self, at: usize, image: &T) {
+        for (i, bytes) in image.as_bytes().chunks_exact(8).enumerate() {
+            let word = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+            self.word(at + 8 * i).store(word, Ordering::Relaxed);
         }
     }
 
@@ -178,7 +185,7 @@ mod tests {
         theirs.copy_out(4000, &mut seen);
         assert_eq!(seen, [7; 200]);
         theirs.word(8).store(5, Ordering::Release);
-        assert_eq!(ours.words::<2>(0), [0, 5]);
+        assert_eq!(ours.image::<[u64; 2]>(0), [0, 5]);
     }
 
     #[test]

@@ -3,8 +3,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 
-use zerocopy::{FromBytes, IntoBytes};
-
 use super::super::{Completion, Submission, Ticket};
 use super::space::{Copies, Parts};
 use crate::format::byte_ring::{
@@ -62,11 +60,7 @@ impl Submitter {
             cookie: submission.cookie.into(),
             after: submission.after.map(|ticket| ticket.0.into()),
         };
-        let mut words = [0; 8];
-        for (word, bytes) in words.iter_mut().zip(image.as_bytes().chunks_exact(8)) {
-            *word = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
-        }
-        memory.put_words(layout.submission(self.tail), &words);
+        memory.put_image(layout.submission(self.tail), &image);
         self.tail += 1;
     }
 
@@ -123,9 +117,7 @@ impl Reaper {
             return false;
         }
         while self.head != tail {
-            let words: [u64; 4] = memory.words(layout.completion(self.head));
-            let bytes = words.map(u64::to_ne_bytes);
-            let image = CompletionImage::read_from_bytes(bytes.as_flattened()).expect("32 bytes");
+            let image: CompletionImage = memory.image(layout.completion(self.head));
             self.head += 1;
             self.sort(
                 Completion {

@@ -31,9 +31,7 @@ fn progress_at(published: Lsn, durable: Lsn) -> Progress {
 }
 
 fn put(memory: &SharedMap, layout: &RingLayout, number: u64, image: &SubmissionImage) {
-    let words: Vec<u64> =
-        image.as_bytes().chunks_exact(8).map(|b| u64::from_ne_bytes(b.try_into().unwrap())).collect();
-    memory.put_words(layout.submission(number), &words);
+    memory.put_image(layout.submission(number), image);
     memory.word(SUBMISSION_TAIL).store(number + 1, Ordering::Release);
 }
 
@@ -218,7 +216,7 @@ impl Model {
     fn reap(&mut self) {
         let tail = self.word(COMPLETION_TAIL);
         while self.reaped < tail {
-            let [_, ticket, _, last] = self.memory.words::<4>(self.layout.completion(self.reaped));
+            let [_, ticket, _, last] = self.memory.image::<[u64; 4]>(self.layout.completion(self.reaped));
             let sequence = Ticket(ticket).sequence();
             assert!(self.completed.insert(sequence, last as u32 as i32).is_none(), "completed once");
             self.reaped += 1;
@@ -327,9 +325,7 @@ proptest! {
                     image.offset = (value % (VOLUME_BYTES_NOW + 200)).into();
                     image.len = (u64::from(small) * 20).into();
                     image.arena_offset = ((value >> 32) as u32 % 5000).into();
-                    let words: Vec<u64> = image.as_bytes().chunks_exact(8)
-                        .map(|b| u64::from_ne_bytes(b.try_into().unwrap())).collect();
-                    memory.put_words(layout.submission(at.index(8) as u64), &words);
+                    memory.put_image(layout.submission(at.index(8) as u64), &image);
                 }
             }
             match session.take() {
@@ -402,7 +398,7 @@ fn changes_that_nobody_waits_for_leave_no_hole() {
     session.complete(other.tag, Ok(()));
     session.tell(progress_at(Lsn(2), Lsn(2)));
     let results: Vec<(i32, u32)> = (0..4)
-        .map(|n| memory.words::<4>(layout.completion(n))[3])
+        .map(|n| memory.image::<[u64; 4]>(layout.completion(n))[3])
         .map(|word| (word as u32 as i32, (word >> 32) as u32))
         .collect();
     assert_eq!(results, [(-libc::EIO, 1), (-libc::ECANCELED, 1), (-libc::ECANCELED, 1), (0, 0)]);
