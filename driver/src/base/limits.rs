@@ -20,6 +20,8 @@ pub const REGIONS_MIN: u32 = 4;
 pub const PAYLOAD_BYTES_MAX: u32 = 1 << 20;
 /// A group is closed once it holds this much, so that one device write stays bounded.
 pub const GROUP_BYTES_MAX: u32 = 1 << 20;
+/// Most groups that have begun to be written and are not durable.
+pub const GROUPS_IN_FLIGHT_MAX: usize = 2;
 /// Most extents all indexes of a stage may hold (bounds the memory beside the arena, see P6).
 pub const INDEX_EXTENTS_MAX: usize = 768 << 10;
 

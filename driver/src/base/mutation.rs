@@ -8,6 +8,9 @@ pub enum Mutation {
     // acknowledgement and commit
     CommitBeforePublish,
     FailedGroupCountsAsWritten,
+    GroupsBecomeDurableInAnyOrder,
+    RegionBeginsTooEarly,
+    GroupsClaimTooMuchProof,
     LogWriteIsNotDurable,
     AckBeforeDurable,
     FuaIsIgnored,
@@ -71,6 +74,9 @@ pub enum Mutation {
 pub const ALL: &[Mutation] = &[
     Mutation::CommitBeforePublish,
     Mutation::FailedGroupCountsAsWritten,
+    Mutation::GroupsBecomeDurableInAnyOrder,
+    Mutation::RegionBeginsTooEarly,
+    Mutation::GroupsClaimTooMuchProof,
     Mutation::LogWriteIsNotDurable,
     Mutation::AckBeforeDurable,
     Mutation::FuaIsIgnored,

@@ -9,14 +9,19 @@
 //! 32  u64  LSN of the first record
 //! 40  u32  length of the group in bytes, header and padding included: a multiple of the stage's block
 //! 44  u32  digest of the records' header checksums, in order ([`RecordsDigest`])
-//! 48  u64  incarnation of the stage that wrote the group
+//! 48  u32  low 32 bits of the incarnation of the stage that wrote the group
+//! 52  u32  number of groups before this one that were not known to be durable when it was written
 //! 56  u64  checkpoint LSN that was durable when the group was written
 //! ```
 //!
-//! A group starts at a block boundary; its header is followed by its records, then zeroes to the next block boundary. One
-//! group is in flight at a time and the next is written only when it is durable. Two consequences carry recovery:
-//! - of all groups only the last can be torn by a crash;
-//! - an invalid group that is followed by a valid one of a higher sequence number was durable once: that is damage.
+//! A group starts at a block boundary; its header is followed by its records, then zeroes to the next block boundary. A few
+//! groups are in flight at a time, and each says how many before it were. Two consequences carry recovery:
+//! - the log ends before the first invalid group, as long as no valid group of a higher sequence number proves that it was
+//!   durable: then it is damage;
+//! - valid groups behind the log's end that prove nothing of it were in flight with the torn one when power failed. None of
+//!   their records was acknowledged as durable; they are given up.
+//!
+//! The first group of a region, whose header is written with it, is in flight alone.
 //!
 //! A group is valid if and only if its header's checksum and magic match, region, group sequence and first LSN are the
 //! expected ones, its length is a multiple of the block and stays in the region, its incarnation is current for its
@@ -55,8 +60,10 @@ pub struct GroupHeader {
     pub group_bytes: U32,
     /// Digest of the records' header checksums.
     pub records_digest: U32,
-    /// Incarnation that wrote it.
-    pub incarnation: U64,
+    /// Low half of the incarnation that wrote it.
+    pub incarnation: U32,
+    /// Groups before it that were in flight.
+    pub undurable_before: U32,
     /// Durable checkpoint at that time.
     pub checkpoint_lsn: U64,
 }
@@ -100,13 +107,21 @@ pub struct Group {
     pub group_bytes: u32,
     /// Which records it holds.
     pub records_digest: RecordsDigest,
-    /// Incarnation of the stage that wrote it.
-    pub incarnation: u64,
+    /// Low 32 bits of the incarnation of the stage that wrote it.
+    pub incarnation: u32,
+    /// Number of groups before it that were not known to be durable when it was written.
+    pub undurable_before: u32,
     /// Checkpoint that was durable when it was written.
     pub checkpoint_lsn: Lsn,
 }
 
 impl Group {
+    /// Whether the existence of this group proves that the group `group_seq` of the same log was durable.
+    #[must_use]
+    pub fn proves(&self, group_seq: u64) -> bool {
+        group_seq.saturating_add(u64::from(self.undurable_before)) < self.group_seq
+    }
+
     /// Encodes the header.
     #[must_use]
     pub fn encode(&self, salt: u64) -> GroupHeader {
@@ -120,6 +135,7 @@ impl Group {
             group_bytes: self.group_bytes.into(),
             records_digest: self.records_digest.value().into(),
             incarnation: self.incarnation.into(),
+            undurable_before: self.undurable_before.into(),
             checkpoint_lsn: self.checkpoint_lsn.0.into(),
         };
         header.seal(salt);
@@ -138,6 +154,7 @@ impl Group {
             group_bytes: header.group_bytes.get(),
             records_digest: RecordsDigest(header.records_digest.get()),
             incarnation: header.incarnation.get(),
+            undurable_before: header.undurable_before.get(),
             checkpoint_lsn: Lsn(header.checkpoint_lsn.get()),
         })
     }

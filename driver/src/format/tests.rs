@@ -59,6 +59,7 @@ fn group() -> Group {
         group_bytes: 24576,
         records_digest: RecordsDigest::default().with(record().encode(SALT, RegionSeq(7)).as_bytes()),
         incarnation: 4,
+        undurable_before: 1,
         checkpoint_lsn: Lsn(900),
     }
 }

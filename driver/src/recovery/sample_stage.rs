@@ -68,6 +68,8 @@ pub struct SampleStage {
     pub next_group: u64,
     /// Checkpoint that the next groups speak of.
     pub spoken: Lsn,
+    /// How many groups before it a group says were in flight.
+    pub undurable_before: u32,
 }
 
 fn volume(id: u16, name: &str) -> VolumeInfo {
@@ -122,6 +124,7 @@ impl SampleStage {
             next_lsn: Lsn(1),
             next_group: 1,
             spoken: Lsn(0),
+            undurable_before: 0,
         };
         stage.put_superblock();
         let head = RegionStart { seq: RegionSeq(1), first_lsn: Lsn(1), first_group_seq: 1 };
@@ -251,7 +254,8 @@ impl SampleStage {
             first_lsn,
             group_bytes,
             records_digest,
-            incarnation: self.superblock.incarnation,
+            incarnation: self.superblock.incarnation as u32,
+            undurable_before: self.undurable_before,
             checkpoint_lsn: self.spoken,
         };
         self.put(self.place(seq, header_at), group.encode(salt).as_bytes());

@@ -152,6 +152,43 @@ fn a_torn_group_in_a_new_region_does_not_hide_what_is_known_to_be_flushed() {
     assert_eq!(end(&stage), Ok(before - 1));
 }
 
+/// Two groups were in flight when power failed: the first is torn, the second is whole and proves nothing. A third one, which
+/// was written when the first was durable, makes it damage.
+#[test]
+fn a_whole_group_that_was_in_flight_with_a_torn_one_is_given_up() {
+    let mut stage = SampleStage::filled();
+    let before = stage.next_lsn.0 - 1;
+    stage.undurable_before = 0;
+    stage.put_group(&[(RecordKind::Write, 1, 0, 3000)]);
+    stage.undurable_before = 1;
+    stage.put_group(&[(RecordKind::Write, 1, 8192, 3000)]);
+    assert_eq!(end(&stage), Ok(before + 2));
+    let groups = &stage.regions[2].groups;
+    let torn = groups[groups.len() - 2].offset;
+    stage.disk.flip(torn + 200, 1);
+    assert_eq!(end(&stage), Ok(before));
+    stage.put_group(&[(RecordKind::Write, 1, 16384, 3000)]);
+    assert!(end(&stage).is_err(), "the group was durable when a later one was written");
+}
+
+/// Of a new region the first two groups were in flight, and the write with the header is lost.
+#[test]
+fn the_second_group_of_a_region_does_not_prove_its_header() {
+    let mut stage = SampleStage::filled();
+    let before = stage.next_lsn.0 - 1;
+    stage.seal();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+    stage.undurable_before = 1;
+    stage.put_group(&[(RecordKind::Write, 1, 8192, 100)]);
+    assert_eq!(end(&stage), Ok(before + 2));
+    let region = stage.superblock.geometry.region_offset(RegionSeq(4));
+    stage.disk.put(region, &[0; 1024]);
+    assert_eq!(end(&stage), Ok(before));
+    stage.put_group(&[(RecordKind::Write, 1, 16384, 100)]);
+    assert!(end(&stage).is_err(), "the region's header was durable when its third group was written");
+}
+
 /// Power is cut while the group is written: its header and last records are new, the others are those that an earlier
 /// recovery had given up, at the same places and with the same LSNs.
 #[test]

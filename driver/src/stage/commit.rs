@@ -1,34 +1,48 @@
-//! The committer: which group is written next. Pure.
+//! The committer: which group is written next, and how far the log is durable. Pure.
 //!
+//! Of one group:
 //! ```text
-//!            next()                    written(Ok)
-//!   Idle ───────────────▶ InFlight ───────────────▶ Idle        durable := last LSN of the group
-//!                            │ ▲
-//!             written(Err)   │ │ retry()
-//!                            ▼ │
-//!                          Failed                               nothing is durable until a retry succeeds (P2)
+//!            next()                  written(Ok)               take_durable()
+//!   closed ─────────▶ Writing ───────────────────▶ Written ───────────────────▶ durable
+//!                      │   ▲                        (waits for those before it)
+//!        written(Err)  │   │ retry()
+//!                      ▼   │
+//!                      Failed                       nothing from here on is durable until a retry succeeds (P2)
 //! ```
 //!
-//! One group is in flight at a time, so arrivals gather for the next: group commit clocks itself. A group that failed is
-//! written again as a whole, to the same place, from the arena: its blocks were never reported durable, so nothing
-//! that was promised is touched.
+//! Invariants (asserted):
+//! - G1 groups begin to be written in the order of their sequence numbers, and become durable in that order whatever the order
+//!   of their completions;
+//! - G2 at most [`GROUPS_IN_FLIGHT_MAX`] groups have begun and are not durable. With one alone a record that comes just after a
+//!   write has begun waits for two writes; with two it waits for its own. More than these gather: group commit clocks
+//!   itself;
+//! - G3 the first group of a region begins when everything before it is durable. So a region's header on the device proves the
+//!   regions before it, and recovery looks for the log's end in one region only;
+//! - G4 nothing begins while a group has failed.
+//!
+//! A group that failed is written again as a whole, to the same place, from the arena: its blocks were never reported
+//! durable, so nothing that was promised is touched.
+
+use std::collections::VecDeque;
 
 use super::ring::{ClosedGroup, Ring};
 use crate::base::Lsn;
+use crate::base::limits::GROUPS_IN_FLIGHT_MAX;
 use crate::base::mutation::{Mutation, is};
 
-/// Where the committer stands.
+/// Where a group stands that has begun and is not durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Idle,
-    InFlight(ClosedGroup),
-    Failed(ClosedGroup),
+    Writing,
+    Written,
+    Failed,
 }
 
 /// The committer.
 #[derive(Debug)]
 pub struct Committer {
-    state: State,
+    /// Groups that have begun and are not durable, in order.
+    begun: VecDeque<(ClosedGroup, State)>,
     durable: Lsn,
 }
 
@@ -36,7 +50,7 @@ impl Committer {
     /// Committer of a log that is durable up to `durable`.
     #[must_use]
     pub fn new(durable: Lsn) -> Committer {
-        Committer { state: State::Idle, durable }
+        Committer { begun: VecDeque::with_capacity(GROUPS_IN_FLIGHT_MAX), durable }
     }
 
     /// Everything up to here is durable on the log device.
@@ -45,46 +59,79 @@ impl Committer {
         self.durable
     }
 
-    /// Whether the last write failed and was not repeated with success yet.
+    /// Everything up to here is durable or in a group that has begun.
+    #[must_use]
+    pub fn begun(&self) -> Lsn {
+        self.begun.back().map_or(self.durable, |(group, _)| group.last_lsn())
+    }
+
+    /// Whether the last write of a group failed and was not begun again yet.
     #[must_use]
     pub fn has_failed(&self) -> bool {
-        matches!(self.state, State::Failed(_))
+        self.begun.iter().any(|(_, state)| *state == State::Failed)
+    }
+
+    /// How many groups before the group `group_seq`, which has begun, are not known to be durable.
+    #[must_use]
+    pub fn undurable_before(&self, group_seq: u64) -> u32 {
+        if is(Mutation::GroupsClaimTooMuchProof) {
+            return 0;
+        }
+        self.begun.iter().filter(|(group, _)| group.group_seq < group_seq).count() as u32
     }
 
     /// The group to write now, if any: the oldest closed one, once every record of it is published. If none is closed and
     /// `close_open` says so, the open group is closed for it.
     pub fn next(&mut self, ring: &mut Ring, published: Lsn, close_open: bool) -> Option<ClosedGroup> {
-        if self.state != State::Idle {
+        if self.begun.len() >= GROUPS_IN_FLIGHT_MAX || self.has_failed() {
             return None;
         }
         if ring.first_closed().is_none() && close_open {
             ring.close_group();
         }
-        let ready = ring
-            .first_closed()
-            .is_some_and(|group| group.last_lsn() <= published || is(Mutation::CommitBeforePublish));
-        let group = if ready { ring.take_closed() } else { None }?;
-        assert_eq!(group.first_lsn, self.durable.next(), "groups are written in order");
-        self.state = State::InFlight(group);
-        Some(group)
-    }
-
-    /// Takes the result of the write in flight; returns whether more is durable now.
-    pub fn written(&mut self, ok: bool) -> bool {
-        let State::InFlight(group) = self.state else { panic!("no group is in flight") };
-        if ok || is(Mutation::FailedGroupCountsAsWritten) {
-            self.durable = group.last_lsn();
-            self.state = State::Idle;
-        } else {
-            self.state = State::Failed(group);
+        let group = ring.first_closed()?;
+        let ready = group.last_lsn() <= published || is(Mutation::CommitBeforePublish);
+        let may_begin = !group.begins_region() || self.begun.is_empty() || is(Mutation::RegionBeginsTooEarly);
+        if !(ready && may_begin) {
+            return None;
         }
-        ok || is(Mutation::FailedGroupCountsAsWritten)
+        let group = ring.take_closed()?;
+        assert_eq!(group.first_lsn, self.begun().next(), "G1");
+        self.begun.push_back((group, State::Writing));
+        Some(group)
     }
 
-    /// The failed group, to be written again.
-    pub fn retry(&mut self) -> Option<ClosedGroup> {
-        let State::Failed(group) = self.state else { return None };
-        self.state = State::InFlight(group);
+    /// Takes the result of the write of the group `group_seq`. What is durable then is told by [`Committer::take_durable`].
+    pub fn written(&mut self, group_seq: u64, ok: bool) {
+        let ok = ok || is(Mutation::FailedGroupCountsAsWritten);
+        let found = self.begun.iter_mut().find(|(group, _)| group.group_seq == group_seq);
+        let Some((_, state)) = found else {
+            assert!(
+                is(Mutation::GroupsBecomeDurableInAnyOrder),
+                "G1: a group is durable when its write is over"
+            );
+            return;
+        };
+        assert_eq!(*state, State::Writing, "one write of a group at a time");
+        *state = if ok { State::Written } else { State::Failed };
+    }
+
+    /// Takes the next group in order that is durable now.
+    pub fn take_durable(&mut self) -> Option<ClosedGroup> {
+        let is_written = |(_, state): &&(ClosedGroup, State)| *state == State::Written;
+        let out_of_order =
+            is(Mutation::GroupsBecomeDurableInAnyOrder) && self.begun.iter().any(|g| is_written(&g));
+        let &(group, _) = self.begun.front().filter(|g| is_written(g) || out_of_order)?;
+        self.begun.pop_front();
+        self.durable = group.last_lsn();
         Some(group)
+    }
+
+    /// The groups that failed, to be written again.
+    pub fn retry(&mut self) -> impl Iterator<Item = ClosedGroup> {
+        self.begun.iter_mut().filter(|(_, state)| *state == State::Failed).map(|(group, state)| {
+            *state = State::Writing;
+            *group
+        })
     }
 }

@@ -402,42 +402,56 @@ impl Core {
         self.commit_to = self.published();
     }
 
-    /// Starts the next log write if one is due. Call after a batch of publishes and after each write.
+    /// Starts the log writes that are due. Call after a batch of publishes and after each write.
     pub fn pump_commit(&mut self) {
         let wanted = self.durable_waits.back().map_or(Lsn::ZERO, |w| w.lsn).max(self.commit_to);
-        let close_open = wanted > self.durable() || self.ring.open_group_bytes() >= LAZY_GROUP_BYTES;
         let published = self.published();
-        if let Some(group) = self.committer.next(&mut self.ring, published, close_open) {
+        loop {
+            let close_open =
+                wanted > self.committer.begun() || self.ring.open_group_bytes() >= LAZY_GROUP_BYTES;
+            let Some(group) = self.committer.next(&mut self.ring, published, close_open) else { return };
             self.outcomes.push(Outcome::WriteLog(group));
         }
     }
 
-    /// Takes the result of the log write in flight.
-    pub fn log_written(&mut self, group: &ClosedGroup, result: Result<(), Errno>) {
+    /// Takes the result of the log write of the group `group_seq`.
+    pub fn log_written(&mut self, group_seq: u64, result: Result<(), Errno>) {
+        self.committer.written(group_seq, result.is_ok());
         let before = self.durable();
-        if self.committer.written(result.is_ok()) {
+        while let Some(group) = self.committer.take_durable() {
             self.counters.groups += 1;
             self.counters.log_bytes += u64::from(group.end - group.write_from);
             self.ring.region_mut(group.region).expect("P1: a region lives until it is flushed").durable_end =
                 group.end;
-            let durable = self.durable();
-            self.marks.durable.store(durable.0, Ordering::Release);
-            while let Some(wait) = self.durable_waits.front().copied().filter(|w| w.lsn <= durable) {
-                self.durable_waits.pop_front();
-                let (door, tag) = (wait.ack.door, wait.ack.tag);
-                if is(Mutation::AckIsLost) && wait.lsn.0.is_multiple_of(64) {
-                    continue;
-                }
-                self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
-            }
-            self.serve_space_waits();
-            let requested = before < self.commit_to && self.commit_to <= durable;
-            if requested || self.sealed_region_needs_table() || self.above_high_mark() {
-                self.kick();
-            }
-            self.pump_commit();
-            return;
         }
+        if self.durable() > before {
+            self.more_is_durable(before);
+        }
+        if result.is_err() {
+            self.log_failed();
+        }
+        self.pump_commit();
+    }
+
+    fn more_is_durable(&mut self, before: Lsn) {
+        let durable = self.durable();
+        self.marks.durable.store(durable.0, Ordering::Release);
+        while let Some(wait) = self.durable_waits.front().copied().filter(|w| w.lsn <= durable) {
+            self.durable_waits.pop_front();
+            let (door, tag) = (wait.ack.door, wait.ack.tag);
+            if is(Mutation::AckIsLost) && wait.lsn.0.is_multiple_of(64) {
+                continue;
+            }
+            self.outcomes.push(Outcome::Complete { door, tag, result: Ok(()) });
+        }
+        self.serve_space_waits();
+        let requested = before < self.commit_to && self.commit_to <= durable;
+        if requested || self.sealed_region_needs_table() || self.above_high_mark() {
+            self.kick();
+        }
+    }
+
+    fn log_failed(&mut self) {
         self.counters.log_errors += 1;
         // Requests whose volume prefers errors are told; their records stay and are written when the device works again,
         // which is within what a failed write may do.
@@ -454,11 +468,15 @@ impl Core {
         self.kick();
     }
 
-    /// Writes the failed group again, if there is one.
+    /// Writes the groups that failed again.
     pub fn retry_log(&mut self) {
-        if let Some(group) = self.committer.retry() {
-            self.outcomes.push(Outcome::WriteLog(group));
-        }
+        self.outcomes.extend(self.committer.retry().map(Outcome::WriteLog));
+    }
+
+    /// How many groups before the group `group_seq`, which has begun, are not known to be durable.
+    #[must_use]
+    pub fn undurable_before(&self, group_seq: u64) -> u32 {
+        self.committer.undurable_before(group_seq)
     }
 
     /// Damage was found: nothing more is accepted, everybody who waits is told.

@@ -85,6 +85,12 @@ pub struct ClosedGroup {
 }
 
 impl ClosedGroup {
+    /// Whether it is the first of its region, whose header is written with it.
+    #[must_use]
+    pub fn begins_region(&self) -> bool {
+        self.write_from == 0
+    }
+
     /// LSN of the last record.
     #[must_use]
     pub fn last_lsn(&self) -> Lsn {

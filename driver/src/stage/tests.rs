@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use shuttle::rand::Rng;
 
+use super::commit::Committer;
 use super::core::{Ack, Claim, Core, CoreStart, DoorId, Outcome};
 use super::ring::{ClosedGroup, Ring, Slot};
 use super::window::Window;
+use crate::base::limits::GROUPS_IN_FLIGHT_MAX;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::geometry::Geometry;
 use crate::format::record::{Record, RecordKind, record_bytes};
@@ -164,26 +166,30 @@ fn record(slot: &Slot) -> Record {
     }
 }
 
-/// Several doors claim, fill outside the lock and publish, while whoever gets the write carries it out: whatever the
-/// schedule, a group is written only when all its records are filled, acknowledgements come once, in order, and only for
-/// what is durable (or published).
+const DOORS: u32 = 3;
+const WRITES: u32 = 4;
+
+/// Several doors claim, fill outside the lock and publish, while whoever gets a write carries it out: whatever the
+/// schedule, a group is written only when all its records are filled, and acknowledgements come once, and of durable
+/// requests only when everything up to them is written.
 #[test]
 fn claim_fill_publish_commit_under_every_schedule() {
     use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use shuttle::sync::{Arc, Mutex};
-    const DOORS: u32 = 3;
-    const WRITES: u32 = 4;
     shuttle::check_random(
         || {
             let core = Arc::new(Mutex::new(core()));
             let filled: Arc<Vec<AtomicBool>> =
                 Arc::new((0..=DOORS * WRITES).map(|_| AtomicBool::new(false)).collect());
-            let durable = Arc::new(AtomicU64::new(0));
+            let written: Arc<Vec<AtomicBool>> =
+                Arc::new((0..=DOORS * WRITES).map(|_| AtomicBool::new(false)).collect());
+            let lsns: Arc<Vec<AtomicU64>> =
+                Arc::new((0..DOORS * WRITES).map(|_| AtomicU64::new(0)).collect());
             let acks = Arc::new(Mutex::new(Vec::new()));
             let threads: Vec<_> = (0..DOORS)
                 .map(|door| {
                     let (core, filled) = (core.clone(), filled.clone());
-                    let (durable, acks) = (durable.clone(), acks.clone());
+                    let (written, lsns, acks) = (written.clone(), lsns.clone(), acks.clone());
                     shuttle::thread::spawn(move || {
                         for tag in 0..WRITES {
                             let payload = shuttle::rand::thread_rng().gen_range(0..3000);
@@ -191,6 +197,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                                 core.lock().unwrap().claim(DoorId(door), tag, payload, OnLogError::Stall);
                             let Claim::Slot(slot) = claim else { panic!("there is room") };
                             filled[slot.lsn().0 as usize].store(true, Ordering::SeqCst);
+                            lsns[(door * WRITES + tag) as usize].store(slot.lsn().0, Ordering::SeqCst);
                             let ack = Ack {
                                 door: DoorId(door),
                                 tag,
@@ -200,7 +207,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                             let record = record(&slot);
                             core.lock().unwrap().publish(slot, record, Some(ack));
                             core.lock().unwrap().pump_commit();
-                            carry_out(&core, &filled, &durable, &acks);
+                            carry_out(&core, (&filled, &written, &lsns), &acks);
                         }
                     })
                 })
@@ -208,7 +215,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
             threads.into_iter().for_each(|t| t.join().unwrap());
             core.lock().unwrap().request_commit();
             core.lock().unwrap().pump_commit();
-            carry_out(&core, &filled, &durable, &acks);
+            carry_out(&core, (&filled, &written, &lsns), &acks);
             let mut acks = acks.lock().unwrap().clone();
             acks.sort_unstable();
             let expected: Vec<(u32, u32)> =
@@ -221,8 +228,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
 
     fn carry_out(
         core: &Mutex<Core>,
-        filled: &[AtomicBool],
-        durable: &AtomicU64,
+        (filled, written, lsns): (&[AtomicBool], &[AtomicBool], &[AtomicU64]),
         acks: &Mutex<Vec<(u32, u32)>>,
     ) {
         loop {
@@ -237,17 +243,16 @@ fn claim_fill_publish_commit_under_every_schedule() {
                         for lsn in group.first_lsn.0..=group.last_lsn().0 {
                             let is_filled = filled[lsn as usize].load(Ordering::SeqCst);
                             assert!(is_filled, "group {} has an unfilled record", group.group_seq);
+                            let again = written[lsn as usize].swap(true, Ordering::SeqCst);
+                            assert!(!again, "group {} is written twice", group.group_seq);
                         }
-                        let before = durable.swap(group.last_lsn().0, Ordering::SeqCst);
-                        assert_eq!(
-                            before + 1,
-                            group.first_lsn.0,
-                            "groups are written in order, one at a time"
-                        );
-                        core.lock().unwrap().log_written(&group, Ok(()));
+                        core.lock().unwrap().log_written(group.group_seq, Ok(()));
                     }
                     Outcome::Complete { door, tag, result } => {
                         result.unwrap();
+                        let lsn = lsns[(door.0 * WRITES + tag) as usize].load(Ordering::SeqCst) as usize;
+                        let durable = written[1..=lsn].iter().all(|w| w.load(Ordering::SeqCst));
+                        assert!(durable || tag % 2 != 0, "{lsn} is acknowledged before it is durable");
                         acks.lock().unwrap().push((door.0, tag));
                     }
                     Outcome::KickBackground => {}
@@ -274,7 +279,7 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
     let group =
         outcomes.iter().find_map(|o| if let Outcome::WriteLog(g) = o { Some(*g) } else { None }).unwrap();
     outcomes.clear();
-    core.log_written(&group, Err(Errno::EIO));
+    core.log_written(group.group_seq, Err(Errno::EIO));
     core.pump_commit();
     core.take_outcomes(&mut outcomes);
     let completions: Vec<(u32, bool)> = outcomes
@@ -296,8 +301,79 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
         "the same group again"
     );
     outcomes.clear();
-    core.log_written(&group, Ok(()));
+    core.log_written(group.group_seq, Ok(()));
     core.take_outcomes(&mut outcomes);
     assert!(matches!(outcomes[0], Outcome::Complete { tag: 0, result: Ok(()), .. }));
     assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");
+}
+
+/// The state of a group in the model of [`groups_become_durable_in_order`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    Flying,
+    Written,
+    Failed,
+}
+
+proptest! {
+    /// G1 to G4, with writes that end in any order, with failures and retries, over several regions.
+    #[test]
+    fn groups_become_durable_in_order(steps in proptest::collection::vec((0u8..8, any::<u16>()), 1..300)) {
+        let geometry = geometry(512);
+        let mut ring = Ring::empty(geometry, start());
+        let mut committer = Committer::new(Lsn::ZERO);
+        let mut flying: Vec<(ClosedGroup, Fate)> = Vec::new();
+        let mut durable = Lsn::ZERO;
+        for (step, choice) in steps {
+            let published = Lsn(ring.next_lsn().0 - 1);
+            match step {
+                0..=2 => {
+                    if ring.claim(u32::from(choice) % 6000).is_none() {
+                        ring.reclaim(durable, |_| true);
+                    }
+                }
+                3 | 4 => {
+                    let failed = flying.iter().any(|(_, fate)| *fate == Fate::Failed);
+                    while let Some(group) = committer.next(&mut ring, published, choice % 2 == 0) {
+                        prop_assert!(!failed, "G4");
+                        prop_assert!(group.last_lsn() <= published);
+                        prop_assert!(!group.begins_region() || flying.is_empty(), "G3");
+                        let before = flying.last().map_or(durable, |(group, _)| group.last_lsn());
+                        prop_assert_eq!(group.first_lsn, before.next(), "G1");
+                        prop_assert_eq!(committer.undurable_before(group.group_seq), flying.len() as u32);
+                        flying.push((group, Fate::Flying));
+                        prop_assert!(flying.len() <= GROUPS_IN_FLIGHT_MAX, "G2");
+                    }
+                }
+                5 | 6 => {
+                    let in_flight: Vec<usize> =
+                        (0..flying.len()).filter(|i| flying[*i].1 == Fate::Flying).collect();
+                    if in_flight.is_empty() {
+                        continue;
+                    }
+                    let at = in_flight[usize::from(choice) % in_flight.len()];
+                    let ok = choice < 50_000;
+                    committer.written(flying[at].0.group_seq, ok);
+                    flying[at].1 = if ok { Fate::Written } else { Fate::Failed };
+                    while let Some(group) = committer.take_durable() {
+                        prop_assert_eq!(flying.remove(0), (group, Fate::Written), "G1");
+                        durable = group.last_lsn();
+                    }
+                    prop_assert!(flying.first().is_none_or(|(_, fate)| *fate != Fate::Written));
+                }
+                _ => {
+                    let failed: Vec<u64> = flying
+                        .iter_mut()
+                        .filter(|(_, fate)| *fate == Fate::Failed)
+                        .map(|(group, fate)| {
+                            *fate = Fate::Flying;
+                            group.group_seq
+                        })
+                        .collect();
+                    prop_assert_eq!(committer.retry().map(|g| g.group_seq).collect::<Vec<_>>(), failed);
+                }
+            }
+            prop_assert_eq!(committer.durable(), durable);
+        }
+    }
 }

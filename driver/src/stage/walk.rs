@@ -54,7 +54,8 @@ pub struct Expected {
 #[must_use]
 pub fn group_header(image: &[u8], at: u32, expected: Expected, rules: &Rules) -> Option<Group> {
     let group = Group::decode(image.get(at as usize..)?, rules.salt)?;
-    let current = group.group_seq < rules.incarnation_group_seq || group.incarnation == rules.incarnation;
+    let current =
+        group.group_seq < rules.incarnation_group_seq || group.incarnation == rules.incarnation as u32;
     let fits = group.group_bytes >= GROUP_HEADER_BYTES
         && group.group_bytes.is_multiple_of(rules.block_bytes)
         && (at as usize).checked_add(group.group_bytes as usize).is_some_and(|end| end <= image.len());
@@ -127,7 +128,7 @@ pub fn digest_of(bytes: &[u8], count: u32) -> RecordsDigest {
     digest
 }
 
-/// Looks from block `from` on for a group of this region above `group_seq`: proof that what comes before it was durable.
+/// Looks from block `from` on for a group of this region that proves that the group `group_seq` was durable.
 #[must_use]
 pub fn later_group(
     image: &[u8],
@@ -138,7 +139,7 @@ pub fn later_group(
 ) -> Option<(u32, Group)> {
     (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
         Group::decode(&image[at as usize..], rules.salt)
-            .filter(|g| g.region == region && g.group_seq > group_seq)
+            .filter(|g| g.region == region && g.proves(group_seq))
             .map(|g| (at, g))
     })
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use self::back_off::BackOff;
 pub use self::status::BackgroundStatus;
-use super::shared::{Clock, LOG_TOKEN, Shared};
+use super::shared::{Clock, Shared, log_write_of};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, VolumeId};
@@ -30,7 +30,7 @@ use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
 use crate::recovery::scan::walk_region;
 use crate::stage::core::{Outcome, payload_offset, source_of};
 use crate::stage::index::Extent;
-use crate::stage::ring::{ClosedGroup, RegionState, TableState};
+use crate::stage::ring::{RegionState, TableState};
 use crate::stage::serve::Epoch;
 use crate::stage::walk::{Expected, visit_headers};
 use zerocopy::IntoBytes;
@@ -68,7 +68,8 @@ pub struct Background {
     load_retry: BackOff,
     /// Whether the arena came from the previous server, so that cold regions may be whole in it.
     arena_reused: bool,
-    log_group: Option<ClosedGroup>,
+    /// Log writes of the background in flight.
+    log_writes: u32,
     flush_retry: BackOff,
     log_retry: BackOff,
     allocate_retry: BackOff,
@@ -118,7 +119,7 @@ impl Background {
             load_failed: false,
             load_retry: BackOff::default(),
             arena_reused,
-            log_group: None,
+            log_writes: 0,
             flush_retry: BackOff::default(),
             log_retry: BackOff::default(),
             allocate_retry: BackOff::default(),
@@ -176,7 +177,7 @@ impl Background {
     /// Whether operations of the background are in flight.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        self.epoch.is_some() || self.sealing.is_some() || self.loading.is_some() || self.log_group.is_some()
+        self.epoch.is_some() || self.sealing.is_some() || self.loading.is_some() || self.log_writes > 0
     }
 
     /// Does what is due at `now_ns` (monotonic). Returns when it wants to be called again at the latest; `None`: only
@@ -230,9 +231,7 @@ impl Background {
     fn run(&mut self, submit: &mut dyn FnMut(Op)) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.shared.core.lock().take_outcomes(&mut outcomes);
-        if let Some(group) = self.shared.dispatch(&mut outcomes, None, submit) {
-            self.log_group = Some(group);
-        }
+        self.log_writes += self.shared.dispatch(&mut outcomes, None, submit);
         assert!(outcomes.is_empty(), "the background has no door");
         self.outcomes = outcomes;
     }
@@ -567,9 +566,9 @@ impl Background {
 
     /// Takes the completion of an operation that was submitted by this background. Call [`Background::step`] after it.
     pub fn op_done(&mut self, done: Done) {
-        if done.token == LOG_TOKEN {
-            let group = self.log_group.take().expect("a log write is in flight");
-            self.shared.core.lock().log_written(&group, done.result);
+        if let Some(group_seq) = log_write_of(done.token) {
+            self.log_writes -= 1;
+            self.shared.core.lock().log_written(group_seq, done.result);
         } else if done.token == LOAD_TOKEN {
             self.load_done(done.result);
         } else if done.token == SEAL_TOKEN {

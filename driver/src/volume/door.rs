@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use zerocopy::IntoBytes;
 
 use super::request::{Door, DoorIo, Request, RequestKind};
-use super::shared::{LOG_TOKEN, Mailbox, Shared};
+use super::shared::{Mailbox, Shared, log_write_of};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
 use crate::base::units::{align_down, align_up};
@@ -24,7 +24,7 @@ use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::format::volume_entry::{AckLevel, OnLogError};
 use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
 use crate::stage::core::{Ack, Claim, DoorId, Outcome};
-use crate::stage::ring::{ClosedGroup, Slot};
+use crate::stage::ring::Slot;
 use crate::stage::serve::{ReadPiece, ReadSource};
 
 /// Most bytes of read buffers in flight on a door; further reads wait for one to finish.
@@ -94,7 +94,8 @@ pub struct VolumeDoor {
     id: DoorId,
     mailbox: Arc<Mailbox>,
     jobs: Vec<Job>,
-    log_group: Option<ClosedGroup>,
+    /// Log writes of this door in flight.
+    log_writes: u32,
     outcomes: Vec<Outcome>,
     own: Vec<Outcome>,
     pieces: Vec<ReadPiece>,
@@ -127,7 +128,7 @@ impl VolumeDoor {
             id,
             mailbox,
             jobs: Vec::new(),
-            log_group: None,
+            log_writes: 0,
             outcomes: Vec::with_capacity(64),
             own: Vec::with_capacity(64),
             pieces: Vec::with_capacity(16),
@@ -145,7 +146,7 @@ impl VolumeDoor {
     /// Whether requests or operations of this door are in flight.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        self.log_group.is_some() || self.jobs.iter().any(|job| !matches!(job, Job::Idle))
+        self.log_writes > 0 || self.jobs.iter().any(|job| !matches!(job, Job::Idle))
     }
 
     /// Everything up to the first is accepted, up to the second durable.
@@ -225,9 +226,7 @@ impl VolumeDoor {
         loop {
             let mut outcomes = std::mem::take(&mut self.outcomes);
             self.shared.core.lock().take_outcomes(&mut outcomes);
-            if let Some(group) = self.shared.dispatch(&mut outcomes, Some(self.id), &mut |op| io.submit(op)) {
-                self.log_group = Some(group);
-            }
+            self.log_writes += self.shared.dispatch(&mut outcomes, Some(self.id), &mut |op| io.submit(op));
             self.outcomes = outcomes;
             if self.outcomes.is_empty() {
                 return;
@@ -492,9 +491,9 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
     }
 
     fn op_done(&mut self, done: Done, io: &mut IO) {
-        if done.token == LOG_TOKEN {
-            let group = self.log_group.take().expect("a log write is in flight");
-            self.shared.core.lock().log_written(&group, done.result);
+        if let Some(group_seq) = log_write_of(done.token) {
+            self.log_writes -= 1;
+            self.shared.core.lock().log_written(group_seq, done.result);
             self.run(io);
         } else {
             self.read_done(done.token.0 as u32, done.result, done.memory, io);

@@ -30,8 +30,19 @@ pub trait Clock: Send + Sync {
     fn monotonic_ns(&self) -> u64;
 }
 
-/// Token of the log write, of which one is in flight at a time.
-pub const LOG_TOKEN: Token = Token(u64::MAX);
+/// Bit of the tokens of log writes. Those of doors and of the background do not have it.
+const LOG_TOKENS: u64 = 1 << 63;
+
+fn log_token(group_seq: u64) -> Token {
+    assert!(group_seq < LOG_TOKENS, "no log has that many groups");
+    Token(LOG_TOKENS | group_seq)
+}
+
+/// Sequence number of the group whose log write carries this token; `None` for other operations.
+#[must_use]
+pub fn log_write_of(token: Token) -> Option<u64> {
+    (token.0 & LOG_TOKENS != 0).then_some(token.0 & !LOG_TOKENS)
+}
 
 /// A door as other threads see it.
 pub struct Mailbox {
@@ -119,15 +130,15 @@ impl Shared {
         self.background.wake();
     }
 
-    /// Carries out outcomes: those for door `own` are left in `outcomes`, everything else is done. At most one of them is
-    /// a log write; it is submitted through `submit` and returned, and its completion carries [`LOG_TOKEN`].
+    /// Carries out outcomes: those for door `own` are left in `outcomes`, everything else is done. Log writes are submitted
+    /// through `submit`, and their tokens tell the group (see [`log_write_of`]). Returns their number.
     pub fn dispatch(
         &self,
         outcomes: &mut Vec<Outcome>,
         own: Option<DoorId>,
         submit: &mut dyn FnMut(Op),
-    ) -> Option<ClosedGroup> {
-        let mut written = None;
+    ) -> u32 {
+        let mut log_writes = 0;
         let mut at = 0;
         while at < outcomes.len() {
             let door = match &outcomes[at] {
@@ -145,9 +156,8 @@ impl Shared {
             // Order among the outcomes of one door is kept; between doors there is none to keep.
             match outcomes.remove(at) {
                 Outcome::WriteLog(group) => {
-                    assert!(written.is_none(), "one group is in flight at a time");
                     submit(self.log_write(&group));
-                    written = Some(group);
+                    log_writes += 1;
                 }
                 Outcome::KickBackground => self.kick_background(),
                 outcome => {
@@ -162,15 +172,15 @@ impl Shared {
                 }
             }
         }
-        written
+        log_writes
     }
 
     /// Finishes a group's bytes in the arena and makes the operation that writes it.
     fn log_write(&self, group: &ClosedGroup) -> Op {
-        let (start, checkpoint_lsn) = {
+        let (start, checkpoint_lsn, undurable_before) = {
             let core = self.core.lock();
             let region = core.ring().region(group.region).expect("P1: a region lives until it is flushed");
-            (region.start, core.checkpoint())
+            (region.start, core.checkpoint(), core.undurable_before(group.group_seq))
         };
         let records_at = group.header_offset + GROUP_HEADER_BYTES;
         let records = self.arena.bytes(group.region, records_at, group.records_end);
@@ -181,12 +191,13 @@ impl Shared {
             first_lsn: group.first_lsn,
             group_bytes: group.end - group.header_offset,
             records_digest: digest_of(records, group.record_count),
-            incarnation: self.rules.incarnation,
+            incarnation: self.rules.incarnation as u32,
+            undurable_before,
             checkpoint_lsn,
         }
         .encode(self.rules.salt);
         let slot = group.region.slot(self.geometry.region_count);
-        let region_header = (group.write_from == 0).then(|| start.encode(self.rules.salt, slot));
+        let region_header = group.begins_region().then(|| start.encode(self.rules.salt, slot));
         self.arena.write_group_headers(
             group,
             region_header.as_ref().map(IntoBytes::as_bytes),
@@ -194,7 +205,7 @@ impl Shared {
         );
         let len = group.end - group.write_from;
         Op {
-            token: LOG_TOKEN,
+            token: log_token(group.group_seq),
             target: Target::Stage,
             kind: if is(Mutation::LogWriteIsNotDurable) { OpKind::Write } else { OpKind::WriteDurable },
             offset: self.geometry.region_offset(group.region) + u64::from(group.write_from),

@@ -63,8 +63,8 @@ pub struct Truth {
     pub checkpoint: Checkpoint,
     /// LSN that each backing's label names.
     pub labels: Vec<u64>,
-    /// LSN before the last group of the log, and where that group lies on the stage.
-    pub last_group: Option<(u64, u64, u64)>,
+    /// Of each group that no later one proves to have been durable: the LSN before it, and where it lies on the stage.
+    pub unproven: Vec<(u64, u64, u64)>,
     /// Used parts of the log: offset and length.
     used: Vec<(u64, u64)>,
 }
@@ -148,8 +148,10 @@ impl World {
         let tail = log.regions.last().expect("a log has a region").start;
         let base = superblock.geometry.region_offset(tail.seq);
         let first = Expected { region: tail.seq, group_seq: tail.first_group_seq, first_lsn: tail.first_lsn };
-        let last_group = last_group(&log.tail_image, first, &rules)
-            .map(|(from, to, before)| (before, base + from, base + to));
+        let unproven = unproven_groups(&log.tail_image, first, &rules)
+            .into_iter()
+            .map(|(from, to, before)| (before, base + from, base + to))
+            .collect();
         let used = log
             .regions
             .iter()
@@ -160,7 +162,7 @@ impl World {
             checkpoint,
             log_end: log.next_lsn.0 - 1,
             labels,
-            last_group,
+            unproven,
             used: used.collect(),
         })
     }
@@ -281,8 +283,8 @@ impl World {
         }
         lock(&self.ctl).note("damage", &[from, bytes.len() as u64]);
         self.stage.damage(from, &bytes);
-        let last = truth.last_group.filter(|&(_, start, end)| !truth.closed && from < end && to > start);
-        let floor = last.map(|(before, ..)| before);
+        let hit = truth.unproven.iter().find(|&&(_, start, end)| !truth.closed && from < end && to > start);
+        let floor = hit.map(|&(before, ..)| before);
         Some(Allowed { floor, log_end: truth.log_end, damage: true, ..Allowed::default() })
     }
 
@@ -332,7 +334,7 @@ impl World {
             return Ok(());
         }
         if end < allowed.log_end {
-            // The last group was taken for a torn one. Had its flush begun, the backings hold parts of it: a known limit.
+            // A group that none proves was taken for a torn one. Had its flush begun, the backings hold parts of it: a known limit.
             self.report.last_groups_given_up += 1;
             return Ok(());
         }
@@ -348,26 +350,30 @@ impl World {
         let damaged = |world: &World| world.running.as_ref().is_some_and(Running::is_damaged);
         match told {
             Err(Stop::Fail(what)) => Err(format!("{what} (survived {fault:?})")),
+            Err(Stop::Crash) => Err("no crash was asked for".to_owned()),
             _ if damaged(self) || usable.contains(&false) => Ok(()),
             _ => match self.drain().and_then(|()| self.check_backings()) {
                 Err(Stop::Fail(what)) if !damaged(self) => Err(format!("{what} (survived {fault:?})")),
+                Err(Stop::Crash) => Err("no crash was asked for".to_owned()),
                 _ => Ok(()),
             },
         }
     }
 }
 
-/// The last group of the region that `image` holds: where it begins and ends, and the LSN before it.
-fn last_group(image: &[u8], mut expected: Expected, rules: &Rules) -> Option<(u64, u64, u64)> {
+/// The groups of the region that `image` holds which no later one proves to have been durable, in order: where each begins
+/// and ends, and the LSN before it.
+fn unproven_groups(image: &[u8], mut expected: Expected, rules: &Rules) -> Vec<(u64, u64, u64)> {
     let mut at = rules.block_bytes;
-    let mut found = None;
+    let mut found: Vec<(u64, (u64, u64, u64))> = Vec::new();
     let mut records = Vec::new();
     while let Some(group) = whole_group(image, at, expected, rules, &mut records) {
-        let from = if found.is_none() { 0 } else { at };
+        let from = if at == rules.block_bytes { 0 } else { at };
         at += group.group_bytes;
-        found = Some((u64::from(from), u64::from(at), group.first_lsn.0 - 1));
+        found.retain(|(seq, _)| !group.proves(*seq));
+        found.push((group.group_seq, (u64::from(from), u64::from(at), group.first_lsn.0 - 1)));
         expected.group_seq += 1;
         expected.first_lsn = group.first_lsn.plus(u64::from(group.record_count));
     }
-    found
+    found.into_iter().map(|(_, place)| place).collect()
 }

@@ -15,7 +15,7 @@ use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
 use tidegate_driver::volume::background::Background;
 use tidegate_driver::volume::door::VolumeShared;
-use tidegate_driver::volume::shared::{Clock, LOG_TOKEN, Shared};
+use tidegate_driver::volume::shared::{Clock, Shared, log_write_of};
 use tidegate_driver::volume::{Door, Request, RequestKind, VolumeDoor, Wake};
 
 use super::checkers::answers::judge;
@@ -185,7 +185,7 @@ impl Running {
             let mut ctl = lock(site.ctl);
             ctl.step += 1;
             let due = ctl.step >= ctl.crash_at && ctl.trap.is_none() && self.is_moment(ctl.crash_while);
-            if due || ctl.step >= ctl.crash_at + ctl.patience {
+            if due || ctl.step >= ctl.crash_at.saturating_add(ctl.patience) {
                 return Err(Stop::Crash);
             }
             self.had_faults |= ctl.faults.stage_write > 0;
@@ -216,15 +216,15 @@ impl Running {
         let on_stage = |f: &Flight| f.op.target == Target::Stage;
         self.flights.iter().any(|f| match moment {
             Moment::Any => true,
-            Moment::LogWrite => on_stage(f) && f.op.token == LOG_TOKEN,
+            Moment::LogWrite => on_stage(f) && log_write_of(f.op.token).is_some(),
             Moment::RegionBegins => {
                 let in_regions = f.op.offset.checked_sub(self.shared.geometry.region_offset(RegionSeq(1)));
                 let region_bytes = u64::from(self.shared.geometry.region_bytes);
                 on_stage(f)
-                    && f.op.token == LOG_TOKEN
+                    && log_write_of(f.op.token).is_some()
                     && in_regions.is_some_and(|at| at.is_multiple_of(region_bytes))
             }
-            Moment::StageWrite => on_stage(f) && f.op.token != LOG_TOKEN,
+            Moment::StageWrite => on_stage(f) && log_write_of(f.op.token).is_none(),
             Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
             Moment::Label => match f.op.target {
                 Target::Stage => false,
@@ -534,7 +534,7 @@ impl Running {
     }
 
     fn log_writes(&self) -> usize {
-        self.flights.iter().filter(|f| f.op.token == LOG_TOKEN).count()
+        self.flights.iter().filter(|f| log_write_of(f.op.token).is_some()).count()
     }
 
     /// Everything up to here was accepted.

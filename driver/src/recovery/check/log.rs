@@ -210,13 +210,13 @@ impl<'a> LogCheck<'a> {
         }
     }
 
-    /// Whether the slot of region `seq`, which has no valid header, holds more of that region than its first write:
-    /// then the header had been durable.
+    /// Whether the slot of region `seq`, which has no valid header, holds a group that proves that the first one, and so the
+    /// header, had been durable.
     fn goes_on_in(&self, seq: RegionSeq) -> bool {
         let (image, _) = self.read_region(seq);
         let block = self.rules.block_bytes;
         later_group(&image, block, seq, 0, &self.rules).is_some_and(|(at, group)| {
-            at > block
+            (at > block && group.undurable_before == 0)
                 || later_group(&image, at.saturating_add(block), seq, group.group_seq, &self.rules).is_some()
         })
     }
@@ -570,7 +570,7 @@ fn remains(image: &[u8], from: u32, expected: Expected, rules: &Rules) -> u32 {
         if let Some(group) = Group::decode(bytes, rules.salt)
             && group.region == expected.region
             && group.group_seq >= expected.group_seq
-            && group.incarnation == rules.incarnation
+            && group.incarnation == rules.incarnation as u32
         {
             end = end.max(u64::from(at) + u64::from(group.group_bytes));
         }

@@ -211,7 +211,8 @@ pub(super) const GROUP: Layout = Layout {
         Field("first_lsn", 32, 8, Number),
         Field("group_bytes", 40, 4, Number),
         Field("records_digest", 44, 4, Number),
-        Field("incarnation", 48, 8, Number),
+        Field("incarnation_low", 48, 4, Number),
+        Field("undurable_before", 52, 4, Number),
         Field("checkpoint_lsn", 56, 8, Number),
     ],
 };

@@ -1,11 +1,11 @@
 //! P6: what a server holds is bounded, and its cursors are in order and never go back.
 
 use tidegate_driver::base::Lsn;
-use tidegate_driver::base::limits::INDEX_EXTENTS_MAX;
+use tidegate_driver::base::limits::{GROUPS_IN_FLIGHT_MAX, INDEX_EXTENTS_MAX};
 use tidegate_driver::stage::core::Core;
 
-/// Most operations of the background in flight: an epoch's, a table, a region, a group.
-const BACKGROUND_OPS_MAX: usize = 32 + 3;
+/// Most operations of the background in flight: an epoch's, a table, a region, groups.
+const BACKGROUND_OPS_MAX: usize = 32 + 2 + GROUPS_IN_FLIGHT_MAX;
 
 /// Watches one server.
 #[derive(Debug, Default)]
@@ -35,7 +35,7 @@ impl Bounds {
         if core.extent_count() > INDEX_EXTENTS_MAX {
             return Err(format!("P6: the index has {} extents", core.extent_count()));
         }
-        if background_ops > BACKGROUND_OPS_MAX || log_writes > 1 {
+        if background_ops > BACKGROUND_OPS_MAX || log_writes > GROUPS_IN_FLIGHT_MAX {
             return Err(format!(
                 "P6: {background_ops} operations of the background, {log_writes} log writes"
             ));

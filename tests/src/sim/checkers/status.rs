@@ -1,12 +1,14 @@
 //! P7: what a server says of itself is what its disks did.
 
+use std::collections::BTreeSet;
+
 use tidegate_driver::base::VolumeId;
 use tidegate_driver::io::{Errno, OpKind, Target};
 use tidegate_driver::stage::core::Core;
 use tidegate_driver::volume::background::BackgroundStatus;
 
 use super::super::flight::{Flight, Owner};
-use tidegate_driver::volume::shared::LOG_TOKEN;
+use tidegate_driver::volume::shared::log_write_of;
 
 /// High half of the tokens of a flush epoch's operations.
 const EPOCH: u64 = 1;
@@ -17,7 +19,8 @@ pub struct Status {
     epochs: u64,
     /// First device that failed in the attempt to flush that is under way.
     failing: Option<Target>,
-    log_failed: bool,
+    /// Groups whose last write failed.
+    log_failed: BTreeSet<u64>,
     /// Whether the last attempt to read a region from the stage failed.
     load_failed: bool,
     /// Such attempts.
@@ -29,8 +32,12 @@ impl Status {
     /// An operation ended.
     pub fn ended(&mut self, flight: &Flight, result: Result<(), Errno>) {
         let op = &flight.op;
-        if op.token == LOG_TOKEN {
-            self.log_failed = result.is_err();
+        if let Some(group_seq) = log_write_of(op.token) {
+            if result.is_err() {
+                self.log_failed.insert(group_seq);
+            } else {
+                self.log_failed.remove(&group_seq);
+            }
             self.log_errors += u64::from(result.is_err());
         } else if op.target == Target::Stage && op.kind == OpKind::Read {
             self.load_failed = result.is_err();
@@ -52,8 +59,8 @@ impl Status {
         is_flushing: bool,
         log_in_flight: bool,
     ) -> Result<(), String> {
-        if !log_in_flight && core.log_has_failed() != self.log_failed {
-            return Err(format!("P7: the log's last write failed: {}, said: {said:?}", self.log_failed));
+        if !log_in_flight && core.log_has_failed() == self.log_failed.is_empty() {
+            return Err(format!("P7: groups whose last write failed: {:?}, said: {said:?}", self.log_failed));
         }
         if core.counters.log_errors != self.log_errors {
             return Err(format!("P7: {} log errors, said: {}", self.log_errors, core.counters.log_errors));
