@@ -1,6 +1,6 @@
 //! A queue's thread: takes requests from the kernel, feeds them to a door, hands completions back.
 //!
-//! One round is: wait; feed every event at hand to the door; end the batch; submit, with the same system call that
+//! One round is: wait; feed every event at hand to the door, and look again if it waits for more; end the batch; submit, with the same system call that
 //! waits for the next round, everything that was completed and started meanwhile. Without requests the thread sleeps.
 //!
 //! A queue thread that cannot go on takes the whole process with it: clients then see a pause until a new server
@@ -423,6 +423,10 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
             }
         }
         io.completed = 0;
+        if !given_up && door.waits_for_more() {
+            io.reactor.submit_and_wait(Some(Duration::ZERO))?;
+            continue;
+        }
         door.batch_end(io);
         // A door works for others too: it may have begun to write the log for all of them, and they wait for its end.
         if given_up || io.tags_alive == 0 {

@@ -5,6 +5,7 @@ pub mod checksum;
 pub mod error;
 pub mod limits;
 pub mod mutation;
+pub mod patience;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};

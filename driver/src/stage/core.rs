@@ -402,21 +402,36 @@ impl Core {
         self.commit_to = self.published();
     }
 
-    /// Starts the log writes that are due. Call after a batch of publishes and after each write.
-    pub fn pump_commit(&mut self) {
-        let wanted = self.durable_waits.back().map_or(Lsn::ZERO, |w| w.lsn).max(self.commit_to);
+    /// Starts the log writes that are due at `now_ns` (monotonic). Call after a batch of publishes and after the end of log
+    /// writes.
+    pub fn pump_commit(&mut self, now_ns: u64) {
         let published = self.published();
         loop {
-            let close_open =
-                wanted > self.committer.begun() || self.ring.open_group_bytes() >= LAZY_GROUP_BYTES;
-            let Some(group) = self.committer.next(&mut self.ring, published, close_open) else { return };
+            let close_open = self.commit_is_wanted();
+            let Some(group) = self.committer.next(&mut self.ring, published, close_open, now_ns) else {
+                return;
+            };
             self.outcomes.push(Outcome::WriteLog(group));
         }
     }
 
-    /// Takes the result of the log write of the group `group_seq`.
-    pub fn log_written(&mut self, group_seq: u64, result: Result<(), Errno>) {
-        self.committer.written(group_seq, result.is_ok());
+    /// Whether what the open group holds should go to the log.
+    fn commit_is_wanted(&self) -> bool {
+        let wanted = self.durable_waits.back().map_or(Lsn::ZERO, |w| w.lsn).max(self.commit_to);
+        wanted > self.committer.begun() || self.ring.open_group_bytes() >= LAZY_GROUP_BYTES
+    }
+
+    /// Whether [`Core::pump_commit`] would close the open group now for somebody who waits; then how long the write of a
+    /// group takes, about, in nanoseconds.
+    #[must_use]
+    pub fn commit_is_due(&self, now_ns: u64) -> Option<u64> {
+        let closes = self.ring.first_closed().is_none() && self.committer.may_close(now_ns);
+        (closes && self.commit_is_wanted()).then(|| self.committer.write_ns())
+    }
+
+    /// Takes the result of the log write of the group `group_seq`, at `now_ns` (monotonic).
+    pub fn log_written(&mut self, group_seq: u64, result: Result<(), Errno>, now_ns: u64) {
+        self.committer.written(group_seq, result.is_ok(), now_ns);
         let before = self.durable();
         while let Some(group) = self.committer.take_durable() {
             self.counters.groups += 1;
@@ -430,7 +445,6 @@ impl Core {
         if result.is_err() {
             self.log_failed();
         }
-        self.pump_commit();
     }
 
     fn more_is_durable(&mut self, before: Lsn) {

@@ -277,7 +277,6 @@ impl Core {
         if !is(Mutation::SpaceWaitersAreForgotten) {
             self.serve_space_waits();
         }
-        self.pump_commit();
     }
 
     /// Whether a region could be given up if nobody had it pinned.

@@ -206,7 +206,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                             };
                             let record = record(&slot);
                             core.lock().unwrap().publish(slot, record, Some(ack));
-                            core.lock().unwrap().pump_commit();
+                            core.lock().unwrap().pump_commit(0);
                             carry_out(&core, (&filled, &written, &lsns), &acks);
                         }
                     })
@@ -214,7 +214,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                 .collect();
             threads.into_iter().for_each(|t| t.join().unwrap());
             core.lock().unwrap().request_commit();
-            core.lock().unwrap().pump_commit();
+            core.lock().unwrap().pump_commit(0);
             carry_out(&core, (&filled, &written, &lsns), &acks);
             let mut acks = acks.lock().unwrap().clone();
             acks.sort_unstable();
@@ -246,7 +246,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                             let again = written[lsn as usize].swap(true, Ordering::SeqCst);
                             assert!(!again, "group {} is written twice", group.group_seq);
                         }
-                        core.lock().unwrap().log_written(group.group_seq, Ok(()));
+                        core.lock().unwrap().log_written(group.group_seq, Ok(()), 0);
                     }
                     Outcome::Complete { door, tag, result } => {
                         result.unwrap();
@@ -273,14 +273,14 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
         let record = record(&slot);
         core.publish(slot, record, Some(ack(tag, policy)));
     }
-    core.pump_commit();
+    core.pump_commit(0);
     let mut outcomes = Vec::new();
     core.take_outcomes(&mut outcomes);
     let group =
         outcomes.iter().find_map(|o| if let Outcome::WriteLog(g) = o { Some(*g) } else { None }).unwrap();
     outcomes.clear();
-    core.log_written(group.group_seq, Err(Errno::EIO));
-    core.pump_commit();
+    core.log_written(group.group_seq, Err(Errno::EIO), 0);
+    core.pump_commit(0);
     core.take_outcomes(&mut outcomes);
     let completions: Vec<(u32, bool)> = outcomes
         .iter()
@@ -301,7 +301,7 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
         "the same group again"
     );
     outcomes.clear();
-    core.log_written(group.group_seq, Ok(()));
+    core.log_written(group.group_seq, Ok(()), 0);
     core.take_outcomes(&mut outcomes);
     assert!(matches!(outcomes[0], Outcome::Complete { tag: 0, result: Ok(()), .. }));
     assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");
@@ -324,8 +324,10 @@ proptest! {
         let mut committer = Committer::new(Lsn::ZERO);
         let mut flying: Vec<(ClosedGroup, Fate)> = Vec::new();
         let mut durable = Lsn::ZERO;
+        let mut now_ns = 0;
         for (step, choice) in steps {
             let published = Lsn(ring.next_lsn().0 - 1);
+            now_ns += u64::from(choice) % 100;
             match step {
                 0..=2 => {
                     if ring.claim(u32::from(choice) % 6000).is_none() {
@@ -334,7 +336,8 @@ proptest! {
                 }
                 3 | 4 => {
                     let failed = flying.iter().any(|(_, fate)| *fate == Fate::Failed);
-                    while let Some(group) = committer.next(&mut ring, published, choice % 2 == 0) {
+                    let close = choice % 2 == 0;
+                    while let Some(group) = committer.next(&mut ring, published, close, now_ns) {
                         prop_assert!(!failed, "G4");
                         prop_assert!(group.last_lsn() <= published);
                         prop_assert!(!group.begins_region() || flying.is_empty(), "G3");
@@ -353,7 +356,7 @@ proptest! {
                     }
                     let at = in_flight[usize::from(choice) % in_flight.len()];
                     let ok = choice < 50_000;
-                    committer.written(flying[at].0.group_seq, ok);
+                    committer.written(flying[at].0.group_seq, ok, now_ns);
                     flying[at].1 = if ok { Fate::Written } else { Fate::Failed };
                     while let Some(group) = committer.take_durable() {
                         prop_assert_eq!(flying.remove(0), (group, Fate::Written), "G1");

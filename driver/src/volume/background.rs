@@ -195,7 +195,7 @@ impl Background {
             if core.reclaim_is_pending() {
                 core.reclaim(&self.shared.arena);
             }
-            core.pump_commit();
+            core.pump_commit(now_ns);
         }
         self.run(submit);
         self.deadline(now_ns)
@@ -469,7 +469,7 @@ impl Background {
             let all = idle || draining || core.waiting() > 0;
             if all && core.durable() < core.published() {
                 core.request_commit();
-                core.pump_commit();
+                core.pump_commit(now_ns);
             }
             if let Some(volume) = core.staged_volumes().find(|v| !self.targets.contains_key(v)) {
                 // Opening refuses such a stage; were one here all the same, flushing past the volume's records would lose them.
@@ -568,7 +568,8 @@ impl Background {
     pub fn op_done(&mut self, done: Done) {
         if let Some(group_seq) = log_write_of(done.token) {
             self.log_writes -= 1;
-            self.shared.core.lock().log_written(group_seq, done.result);
+            let now_ns = self.shared.clock.monotonic_ns();
+            self.shared.core.lock().log_written(group_seq, done.result, now_ns);
         } else if done.token == LOAD_TOKEN {
             self.load_done(done.result);
         } else if done.token == SEAL_TOKEN {

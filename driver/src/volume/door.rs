@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::IntoBytes;
 
+use super::gather::Gather;
 use super::request::{Door, DoorIo, Request, RequestKind};
 use super::shared::{Mailbox, Shared, log_write_of};
 use crate::base::checksum::crc64;
@@ -96,6 +97,7 @@ pub struct VolumeDoor {
     jobs: Vec<Job>,
     /// Log writes of this door in flight.
     log_writes: u32,
+    gather: Gather,
     outcomes: Vec<Outcome>,
     own: Vec<Outcome>,
     pieces: Vec<ReadPiece>,
@@ -129,6 +131,7 @@ impl VolumeDoor {
             mailbox,
             jobs: Vec::new(),
             log_writes: 0,
+            gather: Gather::default(),
             outcomes: Vec::with_capacity(64),
             own: Vec::with_capacity(64),
             pieces: Vec::with_capacity(16),
@@ -185,6 +188,11 @@ impl VolumeDoor {
         }
     }
 
+    /// Whether the log answers this request.
+    fn waits_for_log(&self, request: &Request) -> bool {
+        request.kind != RequestKind::Read && self.ack(request).durable
+    }
+
     fn check(&self, request: &Request) -> Result<(), Errno> {
         let size = self.volume.size_bytes.load(Ordering::Acquire);
         let inside = request.offset.checked_add(request.len).is_some_and(|end| end <= size);
@@ -198,6 +206,9 @@ impl VolumeDoor {
         let (Job::Change(request) | Job::ReadWaits(request) | Job::ReadBacking { request, .. }) = job else {
             panic!("request {tag} completed twice");
         };
+        if self.waits_for_log(&request) {
+            self.gather.answered();
+        }
         if result.is_ok() {
             match request.kind {
                 RequestKind::Read => {
@@ -475,6 +486,9 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
         }
         assert!(matches!(self.jobs[tag], Job::Idle), "tags are unique among the requests in flight");
         self.jobs[tag] = Job::Change(request);
+        if self.waits_for_log(&request) {
+            self.gather.arrived();
+        }
         if let Err(errno) = self.check(&request) {
             self.finish(request.tag, Err(errno), io);
             return;
@@ -493,7 +507,8 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
     fn op_done(&mut self, done: Done, io: &mut IO) {
         if let Some(group_seq) = log_write_of(done.token) {
             self.log_writes -= 1;
-            self.shared.core.lock().log_written(group_seq, done.result);
+            let now_ns = self.shared.clock.monotonic_ns();
+            self.shared.core.lock().log_written(group_seq, done.result, now_ns);
             self.run(io);
         } else {
             self.read_done(done.token.0 as u32, done.result, done.memory, io);
@@ -513,9 +528,20 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
     fn batch_end(&mut self, io: &mut IO) {
         self.batch_ns = None;
         if !self.retired {
-            self.shared.core.lock().pump_commit();
+            self.gather.batch_ended();
+            let now_ns = self.shared.clock.monotonic_ns();
+            self.shared.core.lock().pump_commit(now_ns);
             self.run(io);
         }
+    }
+
+    fn waits_for_more(&mut self) -> bool {
+        if self.retired || !self.gather.is_possible() {
+            return false;
+        }
+        let now_ns = self.shared.clock.monotonic_ns();
+        let due = self.shared.core.lock().commit_is_due(now_ns);
+        due.is_some_and(|write_ns| self.gather.waits(now_ns, write_ns))
     }
 
     fn retire(&mut self) {

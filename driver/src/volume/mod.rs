@@ -4,6 +4,7 @@ pub mod admin;
 pub mod background;
 pub mod door;
 pub mod engine;
+mod gather;
 pub mod local;
 pub mod request;
 pub mod shared;

@@ -63,6 +63,12 @@ pub trait Door<IO: DoorIo> {
     /// The requests at hand have all been fed: whatever was gathered for one group can go. Call once per batch of
     /// events, before waiting.
     fn batch_end(&mut self, io: &mut IO);
+    /// Nothing is at hand any more, and the batch would end: whether it is better to look for more requests first, without
+    /// sleeping, and to ask again, because others that belong into the same group are about to come. It says so for a small part
+    /// of the time that a write of the log takes at most.
+    fn waits_for_more(&mut self) -> bool {
+        false
+    }
     /// No more requests will come: the door takes on nothing more for others (a group of the log that is due), so that it
     /// has nothing in flight as soon as what it has begun is done.
     fn retire(&mut self) {}
