@@ -67,6 +67,17 @@ pub enum Mutation {
     FlushHidesUnreadableRegions,
     ErrorStaysInStatus,
     RetriesDoNotPause,
+    // sessions of the byte door
+    TicketsAreNotWaitedFor,
+    ReadsOvertakeChanges,
+    BarrierDoesNotWait,
+    PayloadGivenBackEarly,
+    AcceptedBeforePublished,
+    DurableWordTooHigh,
+    SilentFailureIsForgotten,
+    ClientIsNotRung,
+    WaitingSessionsAreNotWoken,
+    GoneClientsWorkIsDropped,
 }
 
 /// All of them.
@@ -128,6 +139,16 @@ pub const ALL: &[Mutation] = &[
     Mutation::FlushHidesUnreadableRegions,
     Mutation::ErrorStaysInStatus,
     Mutation::RetriesDoNotPause,
+    Mutation::TicketsAreNotWaitedFor,
+    Mutation::ReadsOvertakeChanges,
+    Mutation::BarrierDoesNotWait,
+    Mutation::PayloadGivenBackEarly,
+    Mutation::AcceptedBeforePublished,
+    Mutation::DurableWordTooHigh,
+    Mutation::SilentFailureIsForgotten,
+    Mutation::ClientIsNotRung,
+    Mutation::WaitingSessionsAreNotWoken,
+    Mutation::GoneClientsWorkIsDropped,
 ];
 
 /// Whether the bug is switched on in this thread.

@@ -40,6 +40,7 @@ pub mod local;
 pub mod log;
 #[cfg(any(test, feature = "samples"))]
 pub mod memory_store;
+pub mod round;
 mod serve;
 pub mod session;
 pub mod ties;

@@ -1,7 +1,7 @@
 //! The thread of a session: greets the client, then serves its rings until the client is gone or the session is ended.
 //!
-//! One round: feed every event at hand to the door; take submissions; end the batch; tell the client; sleep if there is
-//! nothing to take. The thread never waits for the client: it sends without blocking, and only polls what it can write to.
+//! It feeds every event at hand to the door and then goes one round (`round`), which says whether to sleep. The thread never
+//! waits for the client: it sends without blocking, and only polls what it can write to.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,7 +17,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recv, send, sendmsg};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::gate::Seldom;
-use super::session::{Next, Progress, Session};
+use super::round::{End, Rounds, SessionIo, Then, progress};
+use super::session::Session;
 use super::ties::Ties;
 use crate::base::abort::AbortOnPanic;
 use crate::base::{Error, ErrorKind, Lsn, Result};
@@ -25,7 +26,7 @@ use crate::format::byte_ring::{HELLO_MAGIC, HelloImage, RingLayout, WIRE_VERSION
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::uring::{Event, Reactor};
 use crate::io::{Errno, Op, SharedMap};
-use crate::volume::{Door, DoorIo, Engine, RequestKind, VolumeDoor, Wake};
+use crate::volume::{Door, DoorIo, Engine, VolumeDoor, Wake};
 
 /// How long a client may take to greet.
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
@@ -33,10 +34,6 @@ const GREETING_LOOK: Duration = Duration::from_millis(5);
 /// What a client gets that leaves the sizes to the server.
 const DEPTH: u32 = 128;
 const ARENA_BYTES: u32 = 8 << 20;
-/// Submissions fed between two looks at everything else.
-const FEED_MAX: u32 = 64;
-/// Bytes of payload among them.
-const FEED_BYTES_MAX: u64 = 1 << 20;
 
 /// What a session is made of.
 pub(super) struct Setup {
@@ -48,12 +45,27 @@ pub(super) struct Setup {
     pub arena_bytes_max: u32,
 }
 
-struct Io {
+struct Io<'a> {
     session: Session,
     reactor: Reactor,
+    stream: &'a UnixStream,
 }
 
-impl DoorIo for Io {
+impl SessionIo for Io<'_> {
+    fn session(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    fn ops_in_flight(&self) -> usize {
+        self.reactor.ops_in_flight()
+    }
+
+    fn ring(&mut self) {
+        ring(self.stream);
+    }
+}
+
+impl DoorIo for Io<'_> {
     fn submit(&mut self, op: Op) {
         self.reactor.push(op);
     }
@@ -79,17 +91,6 @@ impl DoorIo for Io {
 
 /// A refusal is an errno and words.
 type Refusable<T> = std::result::Result<T, (i32, String)>;
-
-/// Why a session ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// The client closed its socket, or died.
-    ClientGone,
-    /// The gate is closed.
-    Told,
-    /// The client broke the rules.
-    Broken(&'static str),
-}
 
 /// The greeting of a client, or why there is none, as an errno and words.
 fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
@@ -162,7 +163,7 @@ pub(super) fn refuse(stream: &UnixStream, errno: i32, why: &str) {
     let _ = send(stream.as_raw_fd(), image.as_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-fn welcome(stream: &UnixStream, setup: &Setup, opened: &Opened, layout: RingLayout) -> bool {
+fn welcome(stream: &UnixStream, setup: &Setup, opened: &Opened<'_>, layout: RingLayout) -> bool {
     let mut image = WelcomeImage::refusal(0, "");
     image.session = u32::from(opened.io.session.number()).into();
     image.depth = layout.depth.into();
@@ -229,11 +230,11 @@ pub(super) fn run(
     setup.ties.release(memory_bytes);
 }
 
-fn live(setup: &Setup, stream: &UnixStream, stop: &AtomicBool, mut opened: Opened, layout: RingLayout) {
+fn live(setup: &Setup, stream: &UnixStream, stop: &AtomicBool, mut opened: Opened<'_>, layout: RingLayout) {
     if !welcome(stream, setup, &opened, layout) {
         opened.io.session.client_is_gone();
     }
-    match serve(&mut opened.io, &mut opened.door, stream, stop) {
+    match serve(&mut opened.io, &mut opened.door, stop) {
         Err(e) => {
             // The door may hold a log write of everybody: as a queue of a block device, it takes the process with it.
             tracing::error!("a byte session cannot go on: {}; aborting, to be recovered", e.report());
@@ -253,14 +254,14 @@ fn live(setup: &Setup, stream: &UnixStream, stop: &AtomicBool, mut opened: Opene
 }
 
 /// A session that is set up.
-struct Opened {
-    io: Io,
+struct Opened<'a> {
+    io: Io<'a>,
     door: VolumeDoor,
     memory: Arc<SharedMap>,
     bell: EventFd,
 }
 
-fn open(setup: &Setup, stream: &UnixStream, layout: RingLayout) -> Result<Opened> {
+fn open<'a>(setup: &Setup, stream: &'a UnixStream, layout: RingLayout) -> Result<Opened<'a>> {
     let io = |e: std::io::Error| Error::io("cannot set up a session", e);
     let memory = Arc::new(SharedMap::create(layout.memory_bytes())?);
     let mut reactor = Reactor::new(layout.depth * 2)?;
@@ -282,39 +283,11 @@ fn open(setup: &Setup, stream: &UnixStream, layout: RingLayout) -> Result<Opened
         setup.ties.clone(),
         progress(&door),
     );
-    Ok(Opened { io: Io { session, reactor }, door, memory, bell })
-}
-
-fn progress(door: &VolumeDoor) -> Progress {
-    let (published, durable) = door.progress();
-    Progress { published, durable, volume_bytes: door.volume_bytes() }
-}
-
-/// Takes what is in the ring, a bounded part of it. What stopped it.
-fn feed(io: &mut Io, door: &mut VolumeDoor) -> Next {
-    io.session.refresh(progress(door));
-    let mut bytes = 0;
-    for _ in 0..FEED_MAX {
-        match io.session.take() {
-            Next::Request(request) => {
-                if matches!(request.kind, RequestKind::Read | RequestKind::Write) {
-                    bytes += request.len;
-                }
-                door.request(request, io);
-                // The log write that this thread may have in flight is everybody's: its end is not to wait for long.
-                if bytes >= FEED_BYTES_MAX {
-                    return Next::Again;
-                }
-            }
-            Next::Again => {}
-            stopped => return stopped,
-        }
-    }
-    Next::Again
+    Ok(Opened { io: Io { session, reactor, stream }, door, memory, bell })
 }
 
 /// Takes events; whether the client is known to be gone.
-fn take_events(io: &mut Io, door: &mut VolumeDoor) -> bool {
+fn take_events(io: &mut Io<'_>, door: &mut VolumeDoor) -> bool {
     let (mut woken, mut gone) = (false, false);
     while let Some(event) = io.reactor.next_event() {
         match event {
@@ -330,53 +303,22 @@ fn take_events(io: &mut Io, door: &mut VolumeDoor) -> bool {
     gone
 }
 
-fn serve(io: &mut Io, door: &mut VolumeDoor, stream: &UnixStream, stop: &AtomicBool) -> Result<End> {
-    let mut end = None;
-    let mut client_gone = false;
+fn serve(io: &mut Io<'_>, door: &mut VolumeDoor, stop: &AtomicBool) -> Result<End> {
+    let mut rounds = Rounds::default();
     loop {
         if take_events(io, door) {
-            client_gone = true;
-            io.session.client_is_gone();
+            rounds.client_is_gone(&mut io.session);
         }
-        if end.is_none() && stop.load(Ordering::Acquire) {
-            end = Some(End::Told);
+        if stop.load(Ordering::Acquire) {
+            rounds.told_to_end();
         }
-        let next = if end.is_none() { feed(io, door) } else { Next::Nothing };
-        door.batch_end(io);
-        if io.session.tell(progress(door)) {
-            ring(stream);
-        }
-        // What a held submission waits for may have come about since it was looked at; if not, somebody has to say so.
-        let held = next == Next::Held && io.session.next_is_held();
-        // The client and other sessions wait for the word of what is accepted, too.
-        let behind = io.session.waits_for().is_some_and(|lsn| !door.tell_when_accepted(lsn));
-        let settled = !behind
-            && match next {
-                Next::Broken(what) => {
-                    end = Some(End::Broken(what));
-                    true
-                }
-                Next::Again | Next::Request(_) => false,
-                Next::Held => held,
-                Next::Nothing | Next::Full => true,
-            };
-        // What it had submitted is carried out, up to what would wait for another session.
-        if client_gone && end.is_none() && settled && io.session.in_flight() == 0 && next != Next::Full {
-            end = Some(End::ClientGone);
-        }
-        if let Some(end) = end {
-            if io.session.in_flight() == 0 {
-                // A door works for others too: it may have begun to write the log for all of them.
-                if io.reactor.ops_in_flight() == 0 {
-                    return Ok(end);
-                }
-                Door::<Io>::retire(door);
+        match rounds.round(door, io) {
+            Then::Again => io.reactor.submit_and_wait(Some(Duration::ZERO))?,
+            Then::Sleep => {
+                io.reactor.submit_and_wait(None)?;
+                io.session.awake();
             }
-        } else if !settled || !io.session.may_sleep(held) {
-            io.reactor.submit_and_wait(Some(Duration::ZERO))?;
-            continue;
+            Then::Over(end) => return Ok(end),
         }
-        io.reactor.submit_and_wait(None)?;
-        io.session.awake();
     }
 }

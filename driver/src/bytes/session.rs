@@ -26,6 +26,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::ties::{Tie, Ties};
 use super::{DURABLE, Operation, SILENT, Ticket};
 use crate::base::Lsn;
+use crate::base::mutation::{Mutation, is};
 use crate::format::byte_ring::{
     ACCEPTED, CLIENT_WAITS, COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, DURABLE_UP_TO, RingLayout,
     SERVER_SLEEPS, SUBMISSION_HEAD, SUBMISSION_TAIL, SubmissionImage, VOLUME_BYTES,
@@ -167,6 +168,7 @@ impl Session {
     pub fn client_is_gone(&mut self) {
         if self.last.is_none() {
             let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
+            let tail = if is(Mutation::GoneClientsWorkIsDropped) { self.taken } else { tail };
             self.last = Some(tail.clamp(self.taken, self.taken + u64::from(self.layout.depth)));
         }
     }
@@ -175,6 +177,12 @@ impl Session {
     #[must_use]
     pub fn number(&self) -> u16 {
         self.number
+    }
+
+    /// Name of the request that the door has as `tag`.
+    #[must_use]
+    pub fn ticket(&self, tag: u32) -> Ticket {
+        Ticket::new(self.number, self.request(tag).sequence)
     }
 
     /// Requests that the door has.
@@ -303,14 +311,17 @@ impl Session {
             };
             match ready {
                 Tie::Ready => {}
+                Tie::NotYet if is(Mutation::TicketsAreNotWaitedFor) => {}
                 Tie::NotYet => return Ok(false),
                 Tie::Never => return Err(Errno(libc::ECANCELED)),
                 Tie::Unknown => return Err(Errno::EINVAL),
             }
         }
         Ok(match operation {
-            Operation::Barrier => self.in_flight() == 0,
-            Operation::Read | Operation::Flush => self.unaccepted.is_empty(),
+            Operation::Barrier => self.in_flight() == 0 || is(Mutation::BarrierDoesNotWait),
+            Operation::Read | Operation::Flush => {
+                self.unaccepted.is_empty() || is(Mutation::ReadsOvertakeChanges)
+            }
             // Nobody waits for it, so it waits for the word of the one before: that may be a refusal.
             _ if image.flags & SILENT != 0 => self.unplaced == 0,
             Operation::Write | Operation::WriteZeroes | Operation::Discard => true,
@@ -353,7 +364,7 @@ impl Session {
         self.taken += 1;
         let silent =
             image.flags & SILENT != 0 && Operation::from_code(image.operation).is_some_and(is_change);
-        self.has_hole |= silent;
+        self.has_hole |= silent && !is(Mutation::SilentFailureIsForgotten);
         self.put_completion(image.cookie.get(), self.taken, 0, Err(errno), silent);
         Next::Again
     }
@@ -398,7 +409,7 @@ impl Session {
         }
         let silent = request.flags & SILENT != 0;
         if !silent || result.is_err() {
-            self.has_hole |= silent;
+            self.has_hole |= silent && !is(Mutation::SilentFailureIsForgotten);
             self.put_completion(request.cookie, request.sequence, request.lsn, result, silent);
         }
     }
@@ -448,14 +459,16 @@ impl Session {
         // Pairs with the client's fence between saying that it waits and looking once more.
         fence(Ordering::SeqCst);
         let waits = self.memory.flag(CLIENT_WAITS);
-        waits.load(Ordering::Relaxed) != 0 && waits.swap(0, Ordering::Relaxed) != 0
+        !is(Mutation::ClientIsNotRung)
+            && waits.load(Ordering::Relaxed) != 0
+            && waits.swap(0, Ordering::Relaxed) != 0
     }
 
     fn advance(&mut self) {
         let Progress { published, durable, .. } = self.progress;
         while let Some(change) = self.unaccepted.front() {
             match change.state {
-                ChangeState::Placed(lsn) if lsn <= published => {
+                ChangeState::Placed(lsn) if lsn <= published || is(Mutation::AcceptedBeforePublished) => {
                     self.undurable.push_back((change.sequence, lsn))
                 }
                 ChangeState::Refused => {}
@@ -473,7 +486,8 @@ impl Session {
         assert!(accepted >= self.accepted, "B5: what was accepted stays accepted");
         self.accepted = accepted;
         // After runs were merged less is known than before: what was told stays true.
-        let durable = self.undurable.front().map_or(accepted, |(first, _)| first - 1);
+        let too_high = u64::from(is(Mutation::DurableWordTooHigh));
+        let durable = self.undurable.front().map_or(accepted, |(first, _)| first - 1 + too_high);
         self.durable = durable.max(self.durable);
     }
 
@@ -486,7 +500,7 @@ impl Session {
     /// Submissions whose slot and payload the client may use again: those before the first that waits for its place. One
     /// behind it may have its place already: word of the first one's may still be under way from another thread.
     fn released(&self) -> u64 {
-        if self.unplaced == 0 {
+        if self.unplaced == 0 || is(Mutation::PayloadGivenBackEarly) {
             return self.taken;
         }
         let first = self.unaccepted.iter().find(|change| change.state == ChangeState::Unplaced);

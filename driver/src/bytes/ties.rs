@@ -11,6 +11,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::Ticket;
+use crate::base::mutation::{Mutation, is};
 use crate::volume::Wake;
 use crate::volume::admin::random_u64;
 
@@ -63,14 +64,7 @@ pub struct Ties(Mutex<Known>);
 impl Default for Ties {
     fn default() -> Ties {
         // Anywhere, so that tickets of an earlier server are not taken for those of this one.
-        let next = (random_u64() >> 32) as u16;
-        Ties(Mutex::new(Known {
-            next,
-            live: BTreeMap::new(),
-            ended: BTreeMap::new(),
-            order: VecDeque::new(),
-            memory_bytes: 0,
-        }))
+        Ties::numbered_after((random_u64() >> 32) as u16)
     }
 }
 
@@ -81,6 +75,18 @@ impl fmt::Debug for Ties {
 }
 
 impl Ties {
+    /// No sessions yet; the first gets the number after `number`.
+    #[must_use]
+    pub fn numbered_after(number: u16) -> Ties {
+        Ties(Mutex::new(Known {
+            next: number,
+            live: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            order: VecDeque::new(),
+            memory_bytes: 0,
+        }))
+    }
+
     /// Enters a session, whose thread is woken by `wake`. Its number; `None` if all are taken.
     pub fn begin(&self, wake: Arc<dyn Wake>) -> Option<u16> {
         let mut known = self.0.lock();
@@ -142,7 +148,7 @@ impl Ties {
         let mut known = self.0.lock();
         let Some(live) = known.live.get_mut(&session) else { return };
         (live.taken, live.accepted) = (taken, accepted);
-        if live.waiting.is_empty() {
+        if live.waiting.is_empty() || is(Mutation::WaitingSessionsAreNotWoken) {
             return;
         }
         let reached = |w: &mut Waiter| w.sequence <= if w.needs_accepted { accepted } else { taken };
