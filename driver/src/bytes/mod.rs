@@ -42,6 +42,7 @@ pub mod log;
 pub mod memory_store;
 mod serve;
 pub mod session;
+pub mod shared;
 pub mod ties;
 
 use std::fmt;
