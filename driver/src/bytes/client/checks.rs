@@ -192,10 +192,16 @@ macro_rules! model {
             Session::new(number, memory.clone(), layout, 4096, ties, progress(0))
         }
 
-        /// The session's thread, as `serve.rs` has it, over a door that is done at once: serves `count` requests.
-        fn serve(session: &mut Session<Memory>, bell: &Bell, count: u64, mut wake_client: impl FnMut()) {
-            let (mut placed, mut done) = (0, 0);
-            while done < count {
+        /// The session's thread, as `serve.rs` has it, over a door that is done at once: serves requests behind those
+        /// `before` until there were `count` of them.
+        fn serve(
+            session: &mut Session<Memory>,
+            bell: &Bell,
+            (before, count): (u64, u64),
+            mut wake_client: impl FnMut(),
+        ) {
+            let mut placed = before;
+            while placed < count {
                 let next = session.take();
                 match &next {
                     Next::Request(request) => {
@@ -203,7 +209,6 @@ macro_rules! model {
                         assert_eq!(request.offset, placed, "a request is taken before it is there");
                         session.placed(request.tag, crate::base::Lsn(placed));
                         session.complete(request.tag, Ok(()));
-                        done += 1;
                     }
                     Next::Nothing | Next::Full => {}
                     other => panic!("{other:?}"),

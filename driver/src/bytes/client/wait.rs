@@ -59,6 +59,11 @@ impl<G: Ground> Waiting<G> {
         }
     }
 
+    #[cfg(test)]
+    pub fn ground(&self) -> &G {
+        &self.ground
+    }
+
     /// Why the server is gone, if it is known to be.
     pub fn gone(&self) -> Option<&Failure> {
         self.gone.get()

@@ -15,7 +15,7 @@ fn never() -> bool {
 
 #[test]
 fn what_is_submitted_wakes_a_server_that_sleeps() {
-    check(3, || {
+    check(5, || {
         let Both { layout, memory, mut session, bell, .. } = both(2, never);
         let client = thread::spawn({
             let bell = bell.clone();
@@ -30,7 +30,7 @@ fn what_is_submitted_wakes_a_server_that_sleeps() {
                 }
             }
         });
-        serve(&mut session, &bell, 2, || {});
+        serve(&mut session, &bell, (0, 2), || {});
         client.join().unwrap();
     });
 }
@@ -38,48 +38,41 @@ fn what_is_submitted_wakes_a_server_that_sleeps() {
 /// The third request has no room for its completion before the first was taken. One thread submits, another takes.
 #[test]
 fn what_is_taken_wakes_a_server_without_room() {
-    check(2, || {
+    check(4, || {
         let Both { layout, memory, mut session, bell, .. } = both(1, never);
-        let (memory, bell) = (memory.clone(), bell.clone());
+        let mut submitter = submitter();
+        let mut submit = {
+            let (memory, bell) = (memory.clone(), bell.clone());
+            move || {
+                let submission = write(&submitter);
+                submitter.put(&*memory, &layout, &submission);
+                if submitter.publish(&*memory) {
+                    bell.ring();
+                }
+            }
+        };
+        for before in 0..2 {
+            submit();
+            serve(&mut session, &bell, (before, before + 1), || {});
+        }
+        let submitting = thread::spawn(submit);
         let taking = thread::spawn({
-            let (memory, bell) = (memory.clone(), bell.clone());
+            let bell = bell.clone();
             move || {
-                let mut reaper = Reaper::default();
-                let mut taken = 0;
-                while taken < 2 {
-                    for completion in collect(&mut reaper, &memory, layout, &bell) {
-                        taken += 1;
-                        assert_eq!((completion.cookie, completion.lsn), (taken, taken));
-                    }
-                    thread::yield_now();
-                }
+                let taken = collect(&mut Reaper::default(), &memory, layout, &bell);
+                let taken: Vec<(u64, u64)> = taken.iter().map(|c| (c.cookie, c.lsn)).collect();
+                assert_eq!(taken[..2], [(1, 1), (2, 2)]);
             }
         });
-        let submitting = thread::spawn({
-            let (memory, bell) = (memory.clone(), bell.clone());
-            move || {
-                let mut submitter = submitter();
-                for _ in 0..3 {
-                    while !submitter.has_room(&*memory, &layout, 1) {
-                        thread::yield_now();
-                    }
-                    let submission = write(&submitter);
-                    submitter.put(&*memory, &layout, &submission);
-                    if submitter.publish(&*memory) {
-                        bell.ring();
-                    }
-                }
-            }
-        });
-        serve(&mut session, &bell, 3, || {});
-        taking.join().unwrap();
+        serve(&mut session, &bell, (2, 3), || {});
         submitting.join().unwrap();
+        taking.join().unwrap();
     });
 }
 
 #[test]
 fn what_is_completed_wakes_a_client_that_waits() {
-    check(3, || {
+    check(5, || {
         let Both { layout, memory, mut session, bell, line, waiting } = both(2, never);
         let client = thread::spawn({
             let bell = bell.clone();
@@ -97,7 +90,7 @@ fn what_is_completed_wakes_a_client_that_waits() {
                 }
             }
         });
-        serve(&mut session, &bell, 2, || line.wake_client());
+        serve(&mut session, &bell, (0, 2), || line.wake_client());
         client.join().unwrap();
     });
 }
@@ -105,7 +98,7 @@ fn what_is_completed_wakes_a_client_that_waits() {
 /// Two threads wait for different things: for the first request to be durable, and for the second.
 #[test]
 fn all_who_wait_are_woken() {
-    check(2, || {
+    check(4, || {
         let Both { layout, memory, mut session, bell, line, waiting } = both(2, never);
         let mut submitter = submitter();
         for _ in 0..2 {
@@ -121,7 +114,7 @@ fn all_who_wait_are_woken() {
                 waiting.until(&*memory, waiting.limit(None), done).unwrap().unwrap();
             })
         });
-        serve(&mut session, &bell, 2, || line.wake_client());
+        serve(&mut session, &bell, (0, 2), || line.wake_client());
         threads.into_iter().for_each(|t| t.join().unwrap());
     });
 }
