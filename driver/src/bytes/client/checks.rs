@@ -41,7 +41,8 @@ macro_rules! model {
             }
 
             fn store(&self, value: u32, order: Ordering) {
-                AtomicU32::store(self, value, order);
+                // A swap, because loom lets a store come between a swap and what that has read, which no memory does.
+                AtomicU32::swap(self, value, order);
             }
 
             fn swap(&self, value: u32, order: Ordering) -> u32 {
