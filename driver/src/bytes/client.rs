@@ -3,7 +3,11 @@
 //! Locks, none of which is held while waiting: `submitter` (order of submission), `reaper` (completions), `heap`; a thread
 //! that needs two takes them in this order.
 
+#[cfg(test)]
+mod checks;
 mod connect;
+mod ground;
+mod reads;
 mod rings;
 mod space;
 mod store;
@@ -18,10 +22,11 @@ use parking_lot::{Condvar, Mutex};
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
+use self::ground::Kernel;
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
 use self::store::{check, failure_of};
-use self::wait::Waiting;
+use self::wait::{Limit, Waiting};
 use self::watch::Watch;
 use super::{Completion, Failure, Info, Operation, Result, SILENT, Submission, Ticket};
 use crate::format::byte_ring::{ACCEPTED, DURABLE_UP_TO, RingLayout, VOLUME_BYTES};
@@ -53,8 +58,9 @@ pub struct Device {
     watch: Watch,
 }
 
-/// Slots of reads that were given up come back with their completions, for which a thread that waits for a slot looks itself.
-const SLOT_PATIENCE: Duration = Duration::from_millis(100);
+/// When a call began.
+#[derive(Clone, Copy, Debug)]
+pub struct Begun(Limit);
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     // One too far to be told is none.
@@ -70,13 +76,16 @@ impl Device {
         let watch = Watch::new(&socket).map_err(|e| {
             Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
         })?;
+        let ground = Kernel::new(socket, bell).map_err(|e| {
+            Failure::new(e as i32, format!("cannot make the descriptor that wakes a call for '{target}': {e}"))
+        })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
             slot_back: Condvar::new(),
-            waiting: Waiting::new(socket, bell),
+            waiting: Waiting::new(ground),
             watch,
             memory,
             layout,
@@ -203,9 +212,14 @@ impl Device {
         outcome
     }
 
+    /// For a call that begins now.
+    fn limit(&self, timeout: Option<Duration>) -> Limit {
+        self.waiting.limit(deadline_of(timeout))
+    }
+
     /// Waits; see [`Waiting::until`].
-    fn until<T>(&self, deadline: Option<Instant>, done: impl FnMut() -> Option<T>) -> Result<Option<T>> {
-        let outcome = self.waiting.until(&self.memory, deadline, done);
+    fn until<T>(&self, limit: Limit, done: impl FnMut() -> Option<T>) -> Result<Option<T>> {
+        let outcome = self.waiting.until(&self.memory, limit, done);
         self.attend();
         outcome
     }
@@ -220,6 +234,22 @@ impl Device {
 
     /// Takes completions of [`Device::submit`]; how many. Waits for the first of them; 0 after the timeout.
     pub fn reap(&self, into: &mut [Completion], timeout: Option<Duration>) -> Result<usize> {
+        self.reap_within(into, timeout, self.begin())
+    }
+
+    /// What a call consists of that waits in parts begins here; see [`Device::reap_within`].
+    #[must_use]
+    pub fn begin(&self) -> Begun {
+        Begun(self.limit(None))
+    }
+
+    /// As [`Device::reap`], for a part of a call that has begun before: what has interrupted that since interrupts this.
+    pub fn reap_within(
+        &self,
+        into: &mut [Completion],
+        timeout: Option<Duration>,
+        begun: Begun,
+    ) -> Result<usize> {
         if into.is_empty() {
             return Ok(0);
         }
@@ -246,7 +276,7 @@ impl Device {
                 (None, Some(gone)) => Err(gone.clone()),
             };
         }
-        let taken = self.until(deadline_of(timeout), || take(into))?;
+        let taken = self.until(begun.0.with_deadline(deadline_of(timeout)), || take(into))?;
         Ok(taken.unwrap_or(0))
     }
 
@@ -282,8 +312,8 @@ impl Device {
         let flushed = if self.durable() >= ticket {
             Some(0)
         } else {
-            let deadline = deadline_of(timeout);
-            self.request(Operation::Flush, 0, (0, 0), deadline)?.map(|completion| completion.result)
+            let limit = self.limit(timeout);
+            self.request(Operation::Flush, 0, (0, 0), limit)?.map(|completion| completion.result)
         };
         // A refusal is there before the words pass it.
         if let Some(failed) =
@@ -309,15 +339,17 @@ impl Device {
             self.collect();
             self.submitter.lock().has_room(&self.memory, &self.layout, count).then_some(())
         };
-        Ok(self.until(deadline_of(timeout), has_room)?.is_some())
+        Ok(self.until(self.limit(timeout), has_room)?.is_some())
     }
 
     /// Writes `parts`, one after the other, as one record; returns when the volume's ack level is reached (or it is
     /// durable, with [`super::DURABLE`]).
     pub fn write(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
-        let sequence = self.submit_copy(offset, parts, flags & !SILENT, Some(Own::Awaited))?;
+        let limit = self.limit(None);
+        let sequence = self.submit_copy(offset, parts, flags & !SILENT, Some(Own::Awaited), limit)?;
         let what = || format!("cannot write at byte {offset} of volume '{}'", self.info.name);
-        self.finished(sequence, None)?.map_or(Ok(()), |completion| check(&completion, what))?;
+        let completion = self.finished(sequence, Own::Abandoned, limit)?.expect("without a deadline");
+        check(&completion, what)?;
         Ok(Ticket::new(self.session, sequence))
     }
 
@@ -328,11 +360,18 @@ impl Device {
                 format!("the write with ticket {:#x} failed, and so do those after it", failed.ticket.0);
             return Err(failure_of(failed.result, &what));
         }
-        let sequence = self.submit_copy(offset, parts, flags | SILENT, None)?;
+        let sequence = self.submit_copy(offset, parts, flags | SILENT, None, self.limit(None))?;
         Ok(Ticket::new(self.session, sequence))
     }
 
-    fn submit_copy(&self, offset: u64, parts: &[&[u8]], flags: u8, own: Option<Own>) -> Result<u64> {
+    fn submit_copy(
+        &self,
+        offset: u64,
+        parts: &[&[u8]],
+        flags: u8,
+        own: Option<Own>,
+        limit: Limit,
+    ) -> Result<u64> {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         if len == 0 || len > self.info.write_bytes_max as usize {
             let errno = if len == 0 { libc::EINVAL } else { libc::EMSGSIZE };
@@ -350,7 +389,7 @@ impl Device {
             cookie: OWN_COOKIE,
             ..Submission::default()
         };
-        self.submit_own(submission, own, None, |submitter| {
+        self.submit_own(submission, own, limit, |submitter| {
             let at = submitter.room_for_copy(&self.memory, len)?;
             let mut to = self.layout.arena() + at as usize;
             for part in parts {
@@ -368,13 +407,13 @@ impl Device {
         &self,
         submission: Submission,
         own: Option<Own>,
-        deadline: Option<Instant>,
+        limit: Limit,
         mut place: impl FnMut(&mut Submitter) -> Option<u32>,
     ) -> Result<Option<u64>> {
         if let Some(gone) = self.waiting.gone() {
             return Err(gone.clone());
         }
-        self.until(deadline, || {
+        self.until(limit, || {
             let mut submitter = self.submitter.lock();
             if !submitter.has_room(&self.memory, &self.layout, 1) {
                 drop(submitter);
@@ -399,8 +438,8 @@ impl Device {
         })
     }
 
-    /// Waits for a request of the library's own; `None` after the deadline.
-    fn finished(&self, sequence: u64, deadline: Option<Instant>) -> Result<Option<Completion>> {
+    /// Waits for a request of the library's own; `None` after the deadline. What becomes of it if this gives up: `otherwise`.
+    fn finished(&self, sequence: u64, otherwise: Own, limit: Limit) -> Result<Option<Completion>> {
         let done = || {
             self.collect();
             let mut reaper = self.reaper.lock();
@@ -413,12 +452,9 @@ impl Device {
                 _ => None,
             }
         };
-        let outcome = self.until(deadline, done);
+        let outcome = self.until(limit, done);
         if !matches!(outcome, Ok(Some(_))) {
-            let mut reaper = self.reaper.lock();
-            if reaper.own.remove(&sequence) == Some(Own::Awaited) {
-                reaper.own.insert(sequence, Own::Abandoned);
-            }
+            self.reaper.lock().give_up(sequence, otherwise);
         }
         outcome
     }
@@ -428,7 +464,7 @@ impl Device {
         operation: Operation,
         flags: u8,
         (offset, len): (u64, u64),
-        deadline: Option<Instant>,
+        limit: Limit,
     ) -> Result<Option<Completion>> {
         let submission = Submission {
             operation: operation as u8,
@@ -438,14 +474,14 @@ impl Device {
             cookie: OWN_COOKIE,
             ..Submission::default()
         };
-        match self.submit_own(submission, Some(Own::Awaited), deadline, |_| Some(0))? {
-            Some(sequence) => self.finished(sequence, deadline),
+        match self.submit_own(submission, Some(Own::Awaited), limit, |_| Some(0))? {
+            Some(sequence) => self.finished(sequence, Own::Abandoned, limit),
             None => Ok(None),
         }
     }
 
     fn change(&self, operation: Operation, flags: u8, range: (u64, u64)) -> Result<Ticket> {
-        let completion = self.request(operation, flags & !SILENT, range, None)?.expect("without a deadline");
+        let completion = self.request(operation, flags & !SILENT, range, self.limit(None))?.expect("without a deadline");
         let (offset, len) = range;
         check(&completion, || {
             format!("cannot {operation:?} {len} bytes at byte {offset} of volume '{}'", self.info.name)
@@ -465,98 +501,15 @@ impl Device {
 
     /// Makes everything submitted before durable.
     pub fn flush(&self) -> Result<()> {
-        let completion = self.request(Operation::Flush, 0, (0, 0), None)?.expect("without a deadline");
+        let completion = self.request(Operation::Flush, 0, (0, 0), self.limit(None))?.expect("without a deadline");
         check(&completion, || format!("cannot flush volume '{}'", self.info.name))
     }
 
-    /// Reads. More than 64 KiB at once is read in parts.
-    pub fn read(&self, offset: u64, mut into: &mut [u8]) -> Result<()> {
-        let slot_bytes = self.parts.read_slot as usize;
-        let mut at = offset;
-        while !into.is_empty() {
-            // Whoever has slots waits for no other: all might have some, and wait for ever.
-            let slots = self.take_slots(into.len().div_ceil(slot_bytes))?;
-            let (now, later) = into.split_at_mut(into.len().min(slots.len() * slot_bytes));
-            into = later;
-            let mut reads = Vec::with_capacity(slots.len());
-            for (i, (slot, part)) in slots.iter().zip(now.chunks(slot_bytes)).enumerate() {
-                match self.begin_read(at, part.len(), *slot) {
-                    Ok(read) => reads.push(read),
-                    Err(e) => {
-                        slots[i..].iter().for_each(|slot| self.give_slot(*slot));
-                        self.abandon_reads(&reads);
-                        return Err(e);
-                    }
-                }
-                at += part.len() as u64;
-            }
-            self.end_reads(&reads, now.chunks_mut(slot_bytes))?;
-        }
-        Ok(())
-    }
-
-    /// Up to `want` slots: as many as are free, or the first that comes back.
-    fn take_slots(&self, want: usize) -> Result<Vec<u32>> {
-        loop {
-            let mut heap = self.heap.lock();
-            let slots: Vec<u32> = std::iter::from_fn(|| heap.take_slot()).take(want).collect();
-            if !slots.is_empty() {
-                return Ok(slots);
-            }
-            if let Some(gone) = self.waiting.gone() {
-                return Err(gone.clone());
-            }
-            // Not at the socket: the server sends nothing when another thread gives a slot back.
-            let timed_out = self.slot_back.wait_for(&mut heap, SLOT_PATIENCE).timed_out();
-            drop(heap);
-            if timed_out {
-                self.collect();
-            }
-        }
-    }
-
-    /// Sequence and slot of a read of one slot's bytes or fewer.
-    fn begin_read(&self, offset: u64, len: usize, slot: u32) -> Result<(u64, u32)> {
-        let submission = Submission {
-            operation: Operation::Read as u8,
-            offset,
-            len: len as u64,
-            cookie: OWN_COOKIE,
-            ..Submission::default()
-        };
-        let sequence = self.submit_own(submission, Some(Own::Awaited), None, |_| Some(slot))?;
-        Ok((sequence.expect("without a deadline"), slot))
-    }
-
-    fn give_slot(&self, slot: u32) {
-        self.heap.lock().give_slot(slot);
-        self.slot_back.notify_one();
-    }
-
-    fn end_reads<'a>(&self, reads: &[(u64, u32)], parts: impl Iterator<Item = &'a mut [u8]>) -> Result<()> {
-        for (i, ((sequence, slot), part)) in reads.iter().zip(parts).enumerate() {
-            let outcome = self.finished(*sequence, None).and_then(|completion| {
-                let completion = completion.expect("without a deadline");
-                check(&completion, || format!("cannot read volume '{}'", self.info.name))?;
-                self.get(*slot, part)
-            });
-            self.give_slot(*slot);
-            if let Err(e) = outcome {
-                self.abandon_reads(&reads[i + 1..]);
-                return Err(e);
-            }
-        }
-        Ok(())
-    }
-
-    /// Their slots come back with their completions.
-    fn abandon_reads(&self, reads: &[(u64, u32)]) {
-        let mut reaper = self.reaper.lock();
-        for (sequence, slot) in reads {
-            match reaper.own.remove(sequence) {
-                Some(Own::Done(_)) => reaper.slots.push(*slot),
-                _ => drop(reaper.own.insert(*sequence, Own::AbandonedRead(*slot))),
-            }
-        }
+    /// Has every call that waits now, in whatever thread, fail with `EINTR`. What such a call had submitted is carried out all
+    /// the same. Calls that begin later are not concerned: whoever wants a thread to stop tells it so first, and interrupts
+    /// again until it has, since the thread may have been just about to call. Takes locks: not for signal handlers.
+    pub fn interrupt(&self) {
+        self.waiting.interrupt();
+        self.slot_back.notify_all();
     }
 }

@@ -43,6 +43,7 @@ pub mod memory_store;
 pub mod round;
 mod serve;
 pub mod session;
+pub mod shared;
 pub mod ties;
 
 use std::fmt;

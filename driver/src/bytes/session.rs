@@ -21,8 +21,9 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
+use super::shared::{Shared, Word};
 use super::ties::{Tie, Ties};
 use super::{DURABLE, Operation, SILENT, Ticket};
 use crate::base::Lsn;
@@ -93,9 +94,9 @@ pub enum Next {
 
 /// A session.
 #[derive(Debug)]
-pub struct Session {
+pub struct Session<M: Shared = SharedMap> {
     number: u16,
-    memory: Arc<SharedMap>,
+    memory: Arc<M>,
     layout: RingLayout,
     write_bytes_max: u64,
     ties: Arc<Ties>,
@@ -126,17 +127,17 @@ pub struct Session {
     has_hole: bool,
 }
 
-impl Session {
+impl<M: Shared> Session<M> {
     /// Session `number` over `memory`, which is zeroed.
     #[must_use]
     pub fn new(
         number: u16,
-        memory: Arc<SharedMap>,
+        memory: Arc<M>,
         layout: RingLayout,
         write_bytes_max: u32,
         ties: Arc<Ties>,
         progress: Progress,
-    ) -> Session {
+    ) -> Session<M> {
         assert!(memory.len_bytes() >= layout.memory_bytes());
         memory.word(VOLUME_BYTES).store(progress.volume_bytes, Ordering::Relaxed);
         Session {
@@ -457,7 +458,7 @@ impl Session {
         self.memory.word(DURABLE_UP_TO).store(self.durable, Ordering::Release);
         self.ties.progress(self.number, self.taken, self.accepted);
         // Pairs with the client's fence between saying that it waits and looking once more.
-        fence(Ordering::SeqCst);
+        M::fence();
         let waits = self.memory.flag(CLIENT_WAITS);
         !is(Mutation::ClientIsNotRung)
             && waits.load(Ordering::Relaxed) != 0
@@ -511,7 +512,7 @@ impl Session {
     pub fn may_sleep(&self, is_held: bool) -> bool {
         self.memory.flag(SERVER_SLEEPS).store(1, Ordering::Relaxed);
         // Pairs with the client's fence between publishing a submission and looking at this flag.
-        fence(Ordering::SeqCst);
+        M::fence();
         let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
         let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
         // Held, or without room for a completion: what changes that wakes this side, or moves the head.
@@ -538,7 +539,7 @@ fn is_change(operation: Operation) -> bool {
     matches!(operation, Operation::Write | Operation::WriteZeroes | Operation::Discard)
 }
 
-impl Drop for Session {
+impl<M: Shared> Drop for Session<M> {
     fn drop(&mut self) {
         self.ties.end(self.number, self.taken);
         if self.last.is_some() {

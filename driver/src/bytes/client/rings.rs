@@ -1,15 +1,15 @@
 //! The client's ends of the rings. What the server writes is believed, as it is believed with the data.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
+use super::super::shared::{Shared, Word};
 use super::super::{Completion, Submission, Ticket};
 use super::space::{Copies, Parts};
 use crate::format::byte_ring::{
     COMPLETION_HEAD, COMPLETION_TAIL, CompletionImage, FAILED_SILENTLY, RingLayout, SERVER_SLEEPS,
     SUBMISSION_HEAD, SUBMISSION_TAIL, SubmissionImage,
 };
-use crate::io::SharedMap;
 
 /// The submitting end.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl Submitter {
     }
 
     /// Whether `count` submissions have room.
-    pub fn has_room(&mut self, memory: &SharedMap, layout: &RingLayout, count: usize) -> bool {
+    pub fn has_room<M: Shared>(&mut self, memory: &M, layout: &RingLayout, count: usize) -> bool {
         let fits = |taken: u64| self.tail + count as u64 - taken <= u64::from(layout.depth);
         if fits(self.taken) {
             return true;
@@ -39,7 +39,7 @@ impl Submitter {
     }
 
     /// Room for a copy that belongs to the next submission.
-    pub fn room_for_copy(&mut self, memory: &SharedMap, len: usize) -> Option<u32> {
+    pub fn room_for_copy<M: Shared>(&mut self, memory: &M, len: usize) -> Option<u32> {
         let sequence = self.tail + 1;
         if let Some(at) = self.copies.take(len, sequence) {
             return Some(at);
@@ -49,7 +49,7 @@ impl Submitter {
     }
 
     /// Puts a submission behind the last; the server sees it after [`Submitter::publish`].
-    pub fn put(&mut self, memory: &SharedMap, layout: &RingLayout, submission: &Submission) {
+    pub fn put<M: Shared>(&mut self, memory: &M, layout: &RingLayout, submission: &Submission) {
         let image = SubmissionImage {
             operation: submission.operation,
             flags: submission.flags,
@@ -65,15 +65,15 @@ impl Submitter {
     }
 
     /// Shows the server what was put. Whether it has to be woken.
-    pub fn publish(&self, memory: &SharedMap) -> bool {
+    pub fn publish<M: Shared>(&self, memory: &M) -> bool {
         memory.word(SUBMISSION_TAIL).store(self.tail, Ordering::Release);
         server_sleeps(memory)
     }
 }
 
 /// Whether the server has to be woken. Pairs with its fence between saying that it sleeps and looking once more.
-fn server_sleeps(memory: &SharedMap) -> bool {
-    fence(Ordering::SeqCst);
+fn server_sleeps<M: Shared>(memory: &M) -> bool {
+    M::fence();
     let sleeps = memory.flag(SERVER_SLEEPS);
     sleeps.load(Ordering::Relaxed) != 0 && sleeps.swap(0, Ordering::Relaxed) != 0
 }
@@ -110,7 +110,7 @@ pub(super) struct Reaper {
 
 impl Reaper {
     /// Takes what is in the ring. Whether the server has to be woken because of that.
-    pub fn collect(&mut self, memory: &SharedMap, layout: &RingLayout) -> bool {
+    pub fn collect<M: Shared>(&mut self, memory: &M, layout: &RingLayout) -> bool {
         let tail = memory.word(COMPLETION_TAIL).load(Ordering::Acquire);
         // More than the ring holds: not the server's word any more.
         if tail == self.head || tail.wrapping_sub(self.head) > u64::from(layout.completion_depth()) {
@@ -131,9 +131,18 @@ impl Reaper {
         }
         memory.word(COMPLETION_HEAD).store(self.head, Ordering::Release);
         // One that had no room for completions waits for this. Looked at behind the fence that pairs with its own.
-        fence(Ordering::SeqCst);
+        M::fence();
         let tail = memory.word(SUBMISSION_TAIL).load(Ordering::Relaxed);
         memory.word(SUBMISSION_HEAD).load(Ordering::Relaxed) != tail && server_sleeps(memory)
+    }
+
+    /// Nobody waits for this request any more.
+    pub fn give_up(&mut self, sequence: u64, otherwise: Own) {
+        match (self.own.remove(&sequence), otherwise) {
+            (Some(Own::Done(_)), Own::AbandonedRead(slot)) => self.slots.push(slot),
+            (Some(Own::Done(_)), _) => {}
+            _ => drop(self.own.insert(sequence, otherwise)),
+        }
     }
 
     fn sort(&mut self, completion: Completion, silent: bool) {

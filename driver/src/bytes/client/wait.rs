@@ -4,54 +4,64 @@
 //! reads the epoch, then looks for what it wants, then waits for another epoch. The leader says that it waits, starts a new
 //! epoch, looks for what it wants, and waits at the socket. So whoever looked before the leader said that it waits looks
 //! again, and for whoever looked later the server sends a byte, after which there is a new epoch as well.
+//!
+//! An interruption is counted, then starts a new epoch and makes the leader leave the socket. So every call that has begun by
+//! then looks at the count again.
+//!
+//! `checks.rs` has this code tried under schedules and orders of memory.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use zerocopy::FromBytes;
 
 use super::super::Failure;
+use super::super::shared::{Shared, Word};
+use super::ground::{Ground, Kernel};
 use crate::format::byte_ring::{CLIENT_WAITS, WELCOME_MAGIC, WelcomeImage, text_of};
-use crate::io::SharedMap;
 
-#[derive(Debug, Default)]
-struct Turn {
-    has_leader: bool,
-    epoch: u64,
-    followers: u32,
+/// How long a call waits.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::bytes) struct Limit {
+    deadline: Option<Instant>,
+    /// Interruptions before it began: they do not concern it.
+    interruptions: u64,
+}
+
+impl Limit {
+    /// The same for a call that waits until `deadline`.
+    pub fn with_deadline(self, deadline: Option<Instant>) -> Limit {
+        Limit { deadline, ..self }
+    }
 }
 
 /// The socket, and those who wait at it.
 #[derive(Debug)]
-pub(super) struct Waiting {
-    socket: UnixStream,
-    bell: File,
-    turn: Mutex<Turn>,
-    changed: Condvar,
+pub(in crate::bytes) struct Waiting<G = Kernel> {
+    ground: G,
     gone: OnceLock<Failure>,
     /// What came of a last word of the server's.
     last_word: Mutex<Vec<u8>>,
+    /// Changed with the turn held only.
+    interruptions: AtomicU64,
 }
 
-impl Waiting {
-    pub fn new(socket: UnixStream, bell: File) -> Waiting {
+impl<G: Ground> Waiting<G> {
+    pub fn new(ground: G) -> Waiting<G> {
         Waiting {
-            socket,
-            bell,
-            turn: Mutex::default(),
-            changed: Condvar::new(),
+            ground,
             gone: OnceLock::new(),
             last_word: Mutex::default(),
+            interruptions: AtomicU64::new(0),
         }
+    }
+
+    #[cfg(test)]
+    pub fn ground(&self) -> &G {
+        &self.ground
     }
 
     /// Why the server is gone, if it is known to be.
@@ -61,30 +71,47 @@ impl Waiting {
 
     /// Wakes the server.
     pub fn ring(&self) {
-        // Fails only when the counter is at its limit, and then it is awake.
-        let _ = (&self.bell).write(&1u64.to_ne_bytes());
+        self.ground.ring();
+    }
+
+    /// For a call that begins now.
+    pub fn limit(&self, deadline: Option<Instant>) -> Limit {
+        Limit { deadline, interruptions: self.interruptions.load(Ordering::Acquire) }
+    }
+
+    /// Whether a call has to return because it is interrupted.
+    pub fn is_interrupted(&self, limit: Limit) -> bool {
+        self.interruptions.load(Ordering::Acquire) != limit.interruptions
+    }
+
+    /// Interrupts every call that has begun.
+    pub fn interrupt(&self) {
+        let mut turn = self.ground.turn();
+        self.interruptions.fetch_add(1, Ordering::Release);
+        if turn.has_leader && !turn.is_nudged {
+            turn.is_nudged = true;
+            self.ground.nudge();
+        }
+        self.begin_epoch(&mut turn);
     }
 
     /// Takes what the server sent, without waiting; unless another thread waits at the socket, for which it is meant then.
     pub fn look(&self) {
-        let mut turn = self.turn.lock();
+        let mut turn = self.ground.turn();
         if turn.has_leader {
             return;
         }
-        self.listen();
+        self.take();
         // Nobody waits at the socket, and nobody can begin to before this is over.
-        turn.epoch += 1;
-        if turn.followers > 0 {
-            self.changed.notify_all();
-        }
+        self.begin_epoch(&mut turn);
     }
 
     /// Takes what the server sent, without waiting. Only for the leader, or where there is none: a byte taken by anybody
     /// else is one that the leader waits for.
-    fn listen(&self) {
+    fn take(&self) {
         let mut bytes = [0; 1024];
         loop {
-            match recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            match self.ground.take(&mut bytes) {
                 Ok(0) => return self.lost(),
                 Ok(len) => self.heard(&bytes[..len]),
                 Err(Errno::EINTR) => {}
@@ -118,23 +145,23 @@ impl Waiting {
     }
 
     /// Has those who wait look again.
-    pub fn notify(&self) {
-        let mut turn = self.turn.lock();
+    fn begin_epoch(&self, turn: &mut G::Held<'_>) {
         turn.epoch += 1;
         if turn.followers > 0 {
-            self.changed.notify_all();
+            self.ground.tell();
         }
     }
 
-    /// Waits until `done` gives something, `None` after the deadline, an error once the server is gone.
-    pub fn until<T>(
+    /// Waits until `done` gives something, `None` after the deadline, an error once the server is gone or the call is
+    /// interrupted.
+    pub fn until<M: Shared, T>(
         &self,
-        memory: &SharedMap,
-        deadline: Option<Instant>,
+        memory: &M,
+        limit: Limit,
         mut done: impl FnMut() -> Option<T>,
     ) -> Result<Option<T>, Failure> {
         loop {
-            let epoch = self.turn.lock().epoch;
+            let epoch = self.ground.turn().epoch;
             if let Some(value) = done() {
                 return Ok(Some(value));
             }
@@ -142,75 +169,69 @@ impl Waiting {
                 // What it did last may have come in between.
                 return done().map(Some).ok_or_else(|| gone.clone());
             }
-            let left = match deadline {
-                None => None,
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Ok(None);
-                    }
-                    Some(left)
-                }
-            };
-            let mut turn = self.turn.lock();
+            if self.is_interrupted(limit) {
+                return Err(interrupted());
+            }
+            let left = limit.deadline.map(|at| at.saturating_duration_since(self.ground.now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            let mut turn = self.ground.turn();
             if turn.epoch != epoch {
                 continue;
             }
             if turn.has_leader {
                 turn.followers += 1;
-                match deadline {
-                    None => self.changed.wait(&mut turn),
-                    Some(deadline) => drop(self.changed.wait_until(&mut turn, deadline)),
-                }
+                turn = self.ground.sit(turn, limit.deadline);
                 turn.followers -= 1;
                 continue;
             }
             turn.has_leader = true;
             drop(turn);
             let found = self.lead(memory, left, &mut done);
-            let mut turn = self.turn.lock();
-            turn.has_leader = false;
-            turn.epoch += 1;
-            if turn.followers > 0 {
-                self.changed.notify_all();
-            }
-            drop(turn);
+            self.hand_over();
             if found.is_some() {
                 return Ok(found);
             }
         }
     }
 
-    fn lead<T>(
+    fn lead<M: Shared, T>(
         &self,
-        memory: &SharedMap,
+        memory: &M,
         left: Option<Duration>,
         done: &mut impl FnMut() -> Option<T>,
     ) -> Option<T> {
         self.announce(memory);
-        self.notify();
+        self.begin_epoch(&mut self.ground.turn());
         if let Some(value) = done() {
             return Some(value);
         }
-        self.wait_at_socket(left);
-        self.listen();
+        self.ground.listen(left);
+        self.take();
         None
     }
 
-    /// Says that this side waits for a byte.
-    pub fn announce(&self, memory: &SharedMap) {
-        memory.flag(CLIENT_WAITS).store(1, Ordering::Relaxed);
-        // Pairs with the server's fence between telling how far it is and looking at this flag.
-        fence(Ordering::SeqCst);
+    /// The leader leaves the socket to another.
+    fn hand_over(&self) {
+        let mut turn = self.ground.turn();
+        turn.has_leader = false;
+        if std::mem::take(&mut turn.is_nudged) {
+            self.ground.calm();
+        }
+        self.begin_epoch(&mut turn);
     }
 
-    fn wait_at_socket(&self, left: Option<Duration>) {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        let timeout = left.map_or(PollTimeout::NONE, |left| {
-            PollTimeout::try_from(left.as_micros().div_ceil(1000).min(1 << 30) as i32)
-                .unwrap_or(PollTimeout::MAX)
-        });
-        // Whatever comes of it, the caller looks again.
-        let _ = poll(&mut fds, timeout);
+    /// Says that this side waits for a byte.
+    pub fn announce<M: Shared>(&self, memory: &M) {
+        memory.flag(CLIENT_WAITS).store(1, Ordering::Relaxed);
+        // Pairs with the server's fence between telling how far it is and looking at this flag.
+        M::fence();
     }
+}
+
+/// A call was interrupted.
+pub(super) fn interrupted() -> Failure {
+    let what = "interrupted by another thread; what the call had submitted by then is carried out all the same";
+    Failure::new(libc::EINTR, what)
 }
