@@ -1,7 +1,8 @@
 //! A queue's thread: takes requests from the kernel, feeds them to a door, hands completions back.
 //!
-//! One round is: wait; feed every event at hand to the door, and look again if it waits for more; end the batch; submit, with the same system call that
-//! waits for the next round, everything that was completed and started meanwhile. Without requests the thread sleeps.
+//! One round is: wait; feed every event at hand to the door, and look again if it waits for more; end the batch; submit,
+//! with the same system call that waits for the next round, everything that was completed and started meanwhile. Without
+//! requests the thread sleeps.
 //!
 //! A queue thread that cannot go on takes the whole process with it: clients then see a pause until a new server
 //! recovers the device, where a device with one dead queue would hang for ever.

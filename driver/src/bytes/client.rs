@@ -77,7 +77,10 @@ impl Device {
             Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
         })?;
         let ground = Kernel::new(socket, bell).map_err(|e| {
-            Failure::new(e as i32, format!("cannot make the descriptor that wakes a call for '{target}': {e}"))
+            Failure::new(
+                e as i32,
+                format!("cannot make the descriptor that wakes a call for '{target}': {e}"),
+            )
         })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
@@ -481,7 +484,8 @@ impl Device {
     }
 
     fn change(&self, operation: Operation, flags: u8, range: (u64, u64)) -> Result<Ticket> {
-        let completion = self.request(operation, flags & !SILENT, range, self.limit(None))?.expect("without a deadline");
+        let completion =
+            self.request(operation, flags & !SILENT, range, self.limit(None))?.expect("without a deadline");
         let (offset, len) = range;
         check(&completion, || {
             format!("cannot {operation:?} {len} bytes at byte {offset} of volume '{}'", self.info.name)
@@ -501,7 +505,8 @@ impl Device {
 
     /// Makes everything submitted before durable.
     pub fn flush(&self) -> Result<()> {
-        let completion = self.request(Operation::Flush, 0, (0, 0), self.limit(None))?.expect("without a deadline");
+        let completion =
+            self.request(Operation::Flush, 0, (0, 0), self.limit(None))?.expect("without a deadline");
         check(&completion, || format!("cannot flush volume '{}'", self.info.name))
     }
 

@@ -1,16 +1,23 @@
 //! What the thread of a session decides, without I/O: one round over the rings, the door and the ends that a session can
 //! come to. The thread (`serve`) and the simulator drive it.
 //!
-//! One round: take submissions; end the batch; tell the client; then either go round again, or sleep until an operation of
-//! the door ends, the door is woken or the client rings.
+//! One round: take submissions; end the batch, unless the door waits for more; tell the client; then go round again, look for
+//! more, or sleep until an operation of the door ends, the door is woken or the client rings.
+//!
+//! A client that was told of completions often submits again at once. To be woken takes longer than that, so the thread looks
+//! at the ring for a short while before it sleeps, unless that was in vain before.
 
 use super::session::{Next, Progress, Session};
+use crate::base::patience::Patience;
 use crate::volume::{Door, DoorIo, RequestKind, VolumeDoor};
 
 /// Submissions fed between two looks at everything else.
 const FEED_MAX: u32 = 64;
 /// Bytes of payload among them.
 const FEED_BYTES_MAX: u64 = 1 << 20;
+
+/// How long the thread looks for a client's answer before it sleeps: about what it costs both sides if it is woken.
+const LINGER_NS: u64 = 20_000;
 
 /// What a round works with.
 pub trait SessionIo: DoorIo {
@@ -40,6 +47,8 @@ pub enum End {
 pub enum Then {
     /// Another round, with the events that are at hand by then.
     Again,
+    /// The same, where time has to pass for it to make sense.
+    Look,
     /// Wait for an event; [`Session::awake`] before the next round.
     Sleep,
     /// The session is over and has nothing in flight.
@@ -58,6 +67,9 @@ pub fn progress(door: &VolumeDoor) -> Progress {
 pub struct Rounds {
     client_gone: bool,
     end: Option<End>,
+    /// When the thread began to look for the client's answer.
+    lingers_since_ns: Option<u64>,
+    linger: Patience,
 }
 
 impl Rounds {
@@ -74,10 +86,17 @@ impl Rounds {
 
     /// One round, after the events at hand have gone to the door.
     pub fn round<IO: SessionIo>(&mut self, door: &mut VolumeDoor, io: &mut IO) -> Then {
+        let before = Activity::of(io.session());
         let next = if self.end.is_none() { feed(door, io) } else { Next::Nothing };
-        door.batch_end(io);
+        let gathers = self.end.is_none() && next == Next::Nothing && Door::<IO>::waits_for_more(door);
+        if !gathers {
+            door.batch_end(io);
+        }
         if io.session().tell(progress(door)) {
             io.ring();
+        }
+        if gathers {
+            return Then::Look;
         }
         let session = io.session();
         // What a held submission waits for may have come about since it was looked at; if not, somebody has to say so.
@@ -100,7 +119,14 @@ impl Rounds {
             self.end = Some(End::ClientGone);
         }
         let Some(end) = self.end else {
-            return if settled && session.may_sleep(held) { Then::Sleep } else { Then::Again };
+            if !settled {
+                return Then::Again;
+            }
+            let activity = Activity::of(session);
+            if self.lingers(before, activity, door.now_ns()) {
+                return Then::Look;
+            }
+            return if session.may_sleep(held) { Then::Sleep } else { Then::Again };
         };
         if in_flight == 0 {
             // A door works for others too: it may have begun to write the log for all of them.
@@ -110,6 +136,43 @@ impl Rounds {
             Door::<IO>::retire(door);
         }
         Then::Sleep
+    }
+
+    /// Whether to look at the ring for a while longer, after a round that led from `before` to `after`.
+    fn lingers(&mut self, before: Activity, after: Activity, now_ns: u64) -> bool {
+        let came = after.taken != before.taken;
+        if let Some(since_ns) = self.lingers_since_ns {
+            if !came && now_ns.saturating_sub(since_ns) < LINGER_NS {
+                return true;
+            }
+            self.lingers_since_ns = None;
+            if came {
+                self.linger.paid();
+            } else {
+                self.linger.in_vain();
+            }
+        }
+        let told = after.completed != before.completed;
+        if told && self.linger.attempts() {
+            self.lingers_since_ns = Some(now_ns);
+        }
+        self.lingers_since_ns.is_some()
+    }
+}
+
+/// What a session has done so far.
+#[derive(Clone, Copy, Debug)]
+struct Activity {
+    /// Submissions taken.
+    taken: u64,
+    /// Completions told.
+    completed: u64,
+}
+
+impl Activity {
+    fn of(session: &Session) -> Activity {
+        let (taken, completed) = session.counts();
+        Activity { taken, completed }
     }
 }
 

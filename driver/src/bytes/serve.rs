@@ -313,7 +313,7 @@ fn serve(io: &mut Io<'_>, door: &mut VolumeDoor, stop: &AtomicBool) -> Result<En
             rounds.told_to_end();
         }
         match rounds.round(door, io) {
-            Then::Again => io.reactor.submit_and_wait(Some(Duration::ZERO))?,
+            Then::Again | Then::Look => io.reactor.submit_and_wait(Some(Duration::ZERO))?,
             Then::Sleep => {
                 io.reactor.submit_and_wait(None)?;
                 io.session.awake();

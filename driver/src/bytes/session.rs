@@ -508,6 +508,13 @@ impl<M: Shared> Session<M> {
         first.map_or(self.taken, |change| change.sequence - 1)
     }
 
+    /// Submissions taken, and completions told to the client, so far.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        let [_, _, completed, ..] = self.told;
+        (self.taken, completed)
+    }
+
     /// Says that this side is about to sleep; `false` if there is something to do after all.
     pub fn may_sleep(&self, is_held: bool) -> bool {
         self.memory.flag(SERVER_SLEEPS).store(1, Ordering::Relaxed);

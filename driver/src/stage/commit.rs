@@ -18,10 +18,10 @@
 //!   regions before it, and recovery looks for the log's end in one region only;
 //! - G4 nothing begins while a group has failed.
 //!
-//! When the open group is closed and begun: with nothing in flight, at once. With a group in flight, while that has less than
-//! half of the time behind it that writes take: a record that comes just after a write has begun would wait for two. Later it is
-//! better off with those that come when the write is over. So group commit clocks itself; time only decides how large groups
-//! are. Groups that are full begin as soon as they may.
+//! When the open group is closed and begun: with nothing in flight, at once. With a group in flight, while that has less
+//! than half of the time behind it that writes take: a record that comes just after a write has begun would wait for two.
+//! Later it is better off with those that come when the write is over. So group commit clocks itself; time only decides how
+//! large groups are. Groups that are full begin as soon as they may.
 //!
 //! A group that failed is written again as a whole, to the same place, from the arena: its blocks were never reported
 //! durable, so nothing that was promised is touched.

@@ -4,6 +4,7 @@ pub mod arena;
 pub mod commit;
 pub mod core;
 pub mod index;
+mod outcome;
 pub mod ring;
 pub mod serve;
 pub mod walk;

@@ -230,8 +230,7 @@ impl Background {
 
     fn run(&mut self, submit: &mut dyn FnMut(Op)) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
-        self.shared.core.lock().take_outcomes(&mut outcomes);
-        self.log_writes += self.shared.dispatch(&mut outcomes, None, submit);
+        self.log_writes += self.shared.carry_out(None, &mut outcomes, submit);
         assert!(outcomes.is_empty(), "the background has no door");
         self.outcomes = outcomes;
     }

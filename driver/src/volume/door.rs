@@ -165,6 +165,12 @@ impl VolumeDoor {
         self.shared.core.lock().tell_when_published(self.id, lsn)
     }
 
+    /// The engine's time, from a fixed instant on.
+    #[must_use]
+    pub fn now_ns(&self) -> u64 {
+        self.shared.clock.monotonic_ns()
+    }
+
     /// Longest transfer in bytes.
     #[must_use]
     pub fn request_bytes_max(&self) -> u32 {
@@ -236,8 +242,8 @@ impl VolumeDoor {
         }
         loop {
             let mut outcomes = std::mem::take(&mut self.outcomes);
-            self.shared.core.lock().take_outcomes(&mut outcomes);
-            self.log_writes += self.shared.dispatch(&mut outcomes, Some(self.id), &mut |op| io.submit(op));
+            let own = Some((self.id, &*self.mailbox));
+            self.log_writes += self.shared.carry_out(own, &mut outcomes, &mut |op| io.submit(op));
             self.outcomes = outcomes;
             if self.outcomes.is_empty() {
                 return;
@@ -262,7 +268,7 @@ impl VolumeDoor {
                 Outcome::RetryRead { tag, .. } => self.retry_read(tag, io),
                 // Being woken was all that was asked for.
                 Outcome::Published { .. } => {}
-                Outcome::WriteLog(_) | Outcome::KickBackground => unreachable!("dispatched"),
+                Outcome::WriteLog(_) | Outcome::KickBackground => unreachable!("carried out"),
             }
         }
         self.own = own;
@@ -516,10 +522,8 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
     }
 
     fn woken(&mut self, io: &mut IO) {
-        let mut outcomes = std::mem::take(&mut self.outcomes);
-        self.mailbox.take(&mut outcomes);
-        self.outcomes = outcomes;
-        if !self.outcomes.is_empty() {
+        if self.retired {
+            self.mailbox.take(&mut self.outcomes);
             self.handle_own(io);
         }
         self.run(io);

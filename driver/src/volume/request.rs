@@ -64,8 +64,8 @@ pub trait Door<IO: DoorIo> {
     /// events, before waiting.
     fn batch_end(&mut self, io: &mut IO);
     /// Nothing is at hand any more, and the batch would end: whether it is better to look for more requests first, without
-    /// sleeping, and to ask again, because others that belong into the same group are about to come. It says so for a small part
-    /// of the time that a write of the log takes at most.
+    /// sleeping, and to ask again, because others that belong into the same group are about to come. It says so for a small
+    /// part of the time that a write of the log takes at most.
     fn waits_for_more(&mut self) -> bool {
         false
     }

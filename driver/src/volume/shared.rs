@@ -1,8 +1,8 @@
 //! What the threads of an engine share: the core behind its lock, the arena, and the ways to reach each other.
 //!
 //! Ownership: the core's lock is held for decisions only, never across I/O, copying or checksums. Outcomes are taken out
-//! under the lock and carried out after it by the thread that got them: completions of its own door directly, those of
-//! other doors through their mailbox and a wake-up, log writes on its own ring. Nothing here blocks on the control plane.
+//! under the lock and carried out after it by the thread that got them: completions of its own door directly, log writes on
+//! its own ring. Those of other doors are put into their mailboxes under the lock, and wake-ups follow after it. Nothing here blocks on the control plane.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,14 +56,11 @@ impl Mailbox {
         into.append(&mut self.messages.lock());
     }
 
-    fn put(&self, outcome: Outcome) {
+    /// Whether its thread has to be woken.
+    fn put(&self, outcome: Outcome) -> bool {
         let mut messages = self.messages.lock();
-        let was_empty = messages.is_empty();
         messages.push(outcome);
-        drop(messages);
-        if was_empty {
-            self.wake.wake();
-        }
+        messages.len() == 1
     }
 }
 
@@ -130,49 +127,60 @@ impl Shared {
         self.background.wake();
     }
 
-    /// Carries out outcomes: those for door `own` are left in `outcomes`, everything else is done. Log writes are submitted
-    /// through `submit`, and their tokens tell the group (see [`log_write_of`]). Returns their number.
-    pub fn dispatch(
+    /// Takes what the core has decided and carries it out: what concerns the door `own` is appended to `outcomes`, what other
+    /// threads left for it first; what concerns other doors goes to their mailboxes; log writes are submitted through `submit`,
+    /// and their tokens tell the group (see [`log_write_of`]). Returns the number of log writes.
+    ///
+    /// The outcomes of a door reach it in the order of the decisions, whatever threads they pass through: they change hands
+    /// with the core locked.
+    pub fn carry_out(
         &self,
+        own: Option<(DoorId, &Mailbox)>,
         outcomes: &mut Vec<Outcome>,
-        own: Option<DoorId>,
         submit: &mut dyn FnMut(Op),
     ) -> u32 {
-        let mut log_writes = 0;
-        let mut at = 0;
-        while at < outcomes.len() {
-            let door = match &outcomes[at] {
-                Outcome::Complete { door, .. }
-                | Outcome::Claimed { door, .. }
-                | Outcome::Refused { door, .. }
-                | Outcome::RetryRead { door, .. }
-                | Outcome::Published { door } => Some(*door),
-                Outcome::WriteLog(_) | Outcome::KickBackground => None,
-            };
-            if door.is_some() && door == own {
-                at += 1;
-                continue;
+        let (mut effects, mut awaken) = (Vec::new(), Vec::new());
+        {
+            let mut core = self.core.lock();
+            if let Some((_, mailbox)) = own {
+                mailbox.take(outcomes);
             }
-            // Order among the outcomes of one door is kept; between doors there is none to keep.
-            match outcomes.remove(at) {
+            // The background has no door; what it has itself is carried out, too.
+            let from = if own.is_some() { outcomes.len() } else { 0 };
+            core.take_outcomes(outcomes);
+            let id = own.map(|(id, _)| id);
+            for outcome in outcomes.extract_if(from.., |outcome| outcome.door().is_none_or(|d| Some(d) != id))
+            {
+                match outcome.door() {
+                    None => effects.push(outcome),
+                    Some(door) => awaken.extend(self.leave(door, outcome)),
+                }
+            }
+        }
+        for mailbox in awaken {
+            mailbox.wake.wake();
+        }
+        let mut log_writes = 0;
+        for effect in effects {
+            match effect {
                 Outcome::WriteLog(group) => {
                     submit(self.log_write(&group));
                     log_writes += 1;
                 }
-                Outcome::KickBackground => self.kick_background(),
-                outcome => {
-                    let door = door.expect("every other outcome has a door");
-                    let mailbox = self.doors.read().get(&door).cloned();
-                    match (mailbox, &outcome) {
-                        (Some(mailbox), _) => mailbox.put(outcome),
-                        // It asked to be told, and is gone.
-                        (None, Outcome::Published { .. }) => {}
-                        (None, _) => panic!("a door outlives its requests"),
-                    }
-                }
+                _ => self.kick_background(),
             }
         }
         log_writes
+    }
+
+    /// Leaves an outcome for another door; its mailbox, if its thread has to be woken.
+    fn leave(&self, door: DoorId, outcome: Outcome) -> Option<Arc<Mailbox>> {
+        let Some(mailbox) = self.doors.read().get(&door).cloned() else {
+            // It asked to be told, and is gone.
+            assert!(matches!(outcome, Outcome::Published { .. }), "a door outlives its requests");
+            return None;
+        };
+        mailbox.put(outcome).then_some(mailbox)
     }
 
     /// Finishes a group's bytes in the arena and makes the operation that writes it.

@@ -334,7 +334,8 @@ impl World {
             return Ok(());
         }
         if end < allowed.log_end {
-            // A group that none proves was taken for a torn one. Had its flush begun, the backings hold parts of it: a known limit.
+            // A group that none proves was taken for a torn one. Had its flush begun, the backings hold parts of it: a known
+            // limit.
             self.report.last_groups_given_up += 1;
             return Ok(());
         }

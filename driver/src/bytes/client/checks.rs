@@ -98,10 +98,9 @@ macro_rules! model {
         impl Memory {
             fn new(layout: RingLayout) -> Memory {
                 let slots = (0..u64::from(layout.depth)).map(|n| layout.submission(n));
-                let slots = slots
-                    .chain((0..u64::from(layout.completion_depth())).map(|n| layout.completion(n)));
-                let words =
-                    [SUBMISSION_TAIL, SUBMISSION_HEAD, COMPLETION_TAIL, COMPLETION_HEAD, ACCEPTED];
+                let slots =
+                    slots.chain((0..u64::from(layout.completion_depth())).map(|n| layout.completion(n)));
+                let words = [SUBMISSION_TAIL, SUBMISSION_HEAD, COMPLETION_TAIL, COMPLETION_HEAD, ACCEPTED];
                 let words = words.into_iter().chain([DURABLE_UP_TO, VOLUME_BYTES]).chain(slots);
                 Memory {
                     words: words.map(|at| (at, AtomicU64::new(0))).collect(),
@@ -344,6 +343,11 @@ macro_rules! model {
                 let len = line.bytes.len().min(into.len());
                 into.iter_mut().zip(line.bytes.drain(..len)).for_each(|(to, byte)| *to = byte);
                 if len == 0 && !line.is_gone { Err(Errno::EAGAIN) } else { Ok(len) }
+            }
+
+            fn look_for_a_while(&self, _done: &mut dyn FnMut() -> bool) -> bool {
+                // A schedule in which it finds nothing.
+                false
             }
 
             fn ring(&self) {

@@ -13,6 +13,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, recv};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::base::patience::Patience;
+
+/// How long a thread looks for an answer before it sleeps: about what it costs both sides if it has to be woken.
+const LOOK: Duration = Duration::from_micros(20);
+
 /// Whose turn it is to wait at the socket.
 #[derive(Debug, Default)]
 pub(in crate::bytes) struct Turn {
@@ -35,6 +40,8 @@ pub(in crate::bytes) trait Ground {
     fn sit<'a>(&'a self, turn: Self::Held<'a>, deadline: Option<Instant>) -> Self::Held<'a>;
     /// Has those who sit get up.
     fn tell(&self);
+    /// Looks for a short while whether `done`, if that may pay.
+    fn look_for_a_while(&self, done: &mut dyn FnMut() -> bool) -> bool;
     /// Waits until there is something to take, or until [`Ground::nudge`], or for so long, or is woken for no reason.
     fn listen(&self, left: Option<Duration>);
     /// Has whoever listens, or will, not wait, until [`Ground::calm`].
@@ -57,12 +64,20 @@ pub(in crate::bytes) struct Kernel {
     nudge: EventFd,
     turn: Mutex<Turn>,
     changed: Condvar,
+    patience: Mutex<Patience>,
 }
 
 impl Kernel {
     pub fn new(socket: UnixStream, bell: File) -> Result<Kernel, Errno> {
         let nudge = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Kernel { socket, bell, nudge, turn: Mutex::default(), changed: Condvar::new() })
+        Ok(Kernel {
+            socket,
+            bell,
+            nudge,
+            turn: Mutex::default(),
+            changed: Condvar::new(),
+            patience: Mutex::default(),
+        })
     }
 }
 
@@ -83,6 +98,26 @@ impl Ground for Kernel {
 
     fn tell(&self) {
         self.changed.notify_all();
+    }
+
+    fn look_for_a_while(&self, done: &mut dyn FnMut() -> bool) -> bool {
+        // Held by the leader only, who is one.
+        let mut patience = self.patience.lock();
+        if !patience.attempts() {
+            return false;
+        }
+        let until = Instant::now() + LOOK;
+        loop {
+            if done() {
+                patience.paid();
+                return true;
+            }
+            if Instant::now() >= until {
+                patience.in_vain();
+                return false;
+            }
+            std::hint::spin_loop();
+        }
     }
 
     fn listen(&self, left: Option<Duration>) {

@@ -202,6 +202,14 @@ impl<G: Ground> Waiting<G> {
         left: Option<Duration>,
         done: &mut impl FnMut() -> Option<T>,
     ) -> Option<T> {
+        let mut found = None;
+        let looked = self.ground.look_for_a_while(&mut || {
+            found = done();
+            found.is_some()
+        });
+        if looked {
+            return found;
+        }
         self.announce(memory);
         self.begin_epoch(&mut self.ground.turn());
         if let Some(value) = done() {
@@ -232,6 +240,7 @@ impl<G: Ground> Waiting<G> {
 
 /// A call was interrupted.
 pub(super) fn interrupted() -> Failure {
-    let what = "interrupted by another thread; what the call had submitted by then is carried out all the same";
+    let what =
+        "interrupted by another thread; what the call had submitted by then is carried out all the same";
     Failure::new(libc::EINTR, what)
 }
