@@ -2,7 +2,8 @@
 //!
 //! Ownership: the core's lock is held for decisions only, never across I/O, copying or checksums. Outcomes are taken out
 //! under the lock and carried out after it by the thread that got them: completions of its own door directly, log writes on
-//! its own ring. Those of other doors are put into their mailboxes under the lock, and wake-ups follow after it. Nothing here blocks on the control plane.
+//! its own ring. Those of other doors are put into their mailboxes under the lock, and wake-ups follow after it. Nothing
+//! here blocks on the control plane.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
