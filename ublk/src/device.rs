@@ -414,6 +414,7 @@ impl Queues {
                 depth: info.queue_depth,
                 max_io_bytes: info.max_io_buf_bytes,
                 user_copy: info.flags & sys::F_USER_COPY != 0,
+                client_memory: info.flags & sys::F_AUTO_BUF_REG != 0,
                 cpus: control.queue_affinity(info.dev_id, queue).unwrap_or_default(),
                 give_up: Arc::clone(&self.give_up),
             };

@@ -60,6 +60,8 @@ impl Default for DeviceConfig {
 const FLAGS_REQUIRED: u64 = sys::F_USER_RECOVERY | sys::F_USER_RECOVERY_REISSUE | sys::F_CMD_IOCTL_ENCODE;
 /// Used where the kernel has them.
 const FLAGS_OPTIONAL: u64 = sys::F_UPDATE_SIZE | sys::F_QUIESCE | sys::F_SAFE_STOP_DEV;
+/// How payload moves, likewise.
+const FLAGS_COPY: u64 = sys::F_USER_COPY | sys::F_AUTO_BUF_REG;
 
 const SECTOR_BYTES: u64 = 512;
 
@@ -110,7 +112,7 @@ impl DeviceConfig {
 
     /// Flags to ask ADD_DEV for.
     pub(crate) fn flags_wanted(&self) -> u64 {
-        let copy = if self.force_copy { 0 } else { sys::F_USER_COPY };
+        let copy = if self.force_copy { 0 } else { FLAGS_COPY };
         FLAGS_REQUIRED | FLAGS_OPTIONAL | copy
     }
 

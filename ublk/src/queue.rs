@@ -23,7 +23,7 @@ use io_uring::opcode;
 use tidegate_driver::base::abort::AbortOnPanic;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::io::uring::{Event, FileSlot, RAW, Reactor, Waker};
-use tidegate_driver::io::{Errno, Op};
+use tidegate_driver::io::{Errno, Memory, Op};
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, Wake};
 use zerocopy::IntoBytes;
 
@@ -52,6 +52,8 @@ pub(crate) struct QueueSetup {
     pub depth: u16,
     pub max_io_bytes: u32,
     pub user_copy: bool,
+    /// The kernel puts the clients' memory into the ring's table of buffers.
+    pub client_memory: bool,
     /// Processors to run on; all zero: any.
     pub cpus: [u64; 16],
     /// Set (and the queue woken) when the device will not start after all.
@@ -75,6 +77,8 @@ struct Tag {
     kind: RequestKind,
     /// Bytes of payload: 0 for requests without.
     payload: u32,
+    /// Its client's memory is in the table of buffers.
+    in_table: bool,
 }
 
 /// How payload moves.
@@ -94,6 +98,7 @@ pub struct QueueIo {
     queue: u16,
     descs: IoDescs,
     copying: Copying,
+    client_memory: bool,
     tags: Box<[Tag]>,
     /// Tags that the kernel may still use.
     tags_alive: u32,
@@ -107,7 +112,7 @@ impl QueueIo {
     fn new(setup: &QueueSetup, prepared: Prepared, cdev: Arc<File>) -> Result<QueueIo> {
         let Prepared { mut reactor, copying } = prepared;
         let slot = reactor.register_file(cdev.as_fd())?;
-        let idle = Tag { state: TagState::Idle, kind: RequestKind::Flush, payload: 0 };
+        let idle = Tag { state: TagState::Idle, kind: RequestKind::Flush, payload: 0, in_table: false };
         Ok(QueueIo {
             slot,
             queue: setup.queue,
@@ -115,6 +120,7 @@ impl QueueIo {
             reactor,
             cdev,
             copying,
+            client_memory: setup.client_memory,
             tags: vec![idle; usize::from(setup.depth)].into_boxed_slice(),
             tags_alive: u32::from(setup.depth),
             completed: 0,
@@ -160,8 +166,11 @@ impl QueueIo {
         };
         let mut cmd = [0; 16];
         cmd.copy_from_slice(IoCmd { q_id: self.queue, tag, result, addr }.as_bytes());
-        let entry =
-            opcode::UringCmd16::new(self.slot.fixed(), op).cmd(cmd).build().user_data(RAW | u64::from(tag));
+        let entry = opcode::UringCmd16::new(self.slot.fixed(), op)
+            .cmd(cmd)
+            .addr(self.client_memory.then(|| sys::auto_buf_address(tag)))
+            .build()
+            .user_data(RAW | u64::from(tag));
         // SAFETY: the tag's buffer, if any, stays mapped until the queue ends, which it does after the kernel gave the
         // tag up (`tags_alive`), or without the device ever having been started.
         unsafe { self.reactor.push_raw(&entry) };
@@ -207,6 +216,7 @@ impl QueueIo {
             RequestKind::Read | RequestKind::Write => request.len as u32,
             RequestKind::WriteZeroes | RequestKind::Discard | RequestKind::Flush => 0,
         };
+        entry.in_table = self.client_memory && desc.op_flags & sys::IO_F_NEED_REG_BUF == 0;
         Ok(Some(request))
     }
 
@@ -278,6 +288,11 @@ impl DoorIo for QueueIo {
                 Ok(())
             }
         }
+    }
+
+    fn client_memory(&self, tag: u32) -> Option<Memory> {
+        let entry = &self.tags[tag as usize];
+        entry.in_table.then_some(Memory::Client { index: tag as u16, len: entry.payload as usize })
     }
 
     fn complete(&mut self, tag: u32, result: std::result::Result<(), Errno>) {
@@ -372,6 +387,9 @@ fn prepare<F: DoorFactory>(setup: &QueueSetup, factory: &F) -> Result<(Prepared,
     // As many device operations as requests, beside the commands for the tags.
     let mut reactor = Reactor::new(u32::from(setup.depth) * 2)?;
     let waker: Arc<dyn Wake> = Arc::new(reactor.waker());
+    if setup.client_memory {
+        reactor.reserve_buffers(u32::from(setup.depth))?;
+    }
     let copying = if setup.user_copy {
         Copying::User
     } else {

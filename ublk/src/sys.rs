@@ -70,6 +70,8 @@ pub const F_UNPRIVILEGED_DEV: u64 = 1 << 5;
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 /// Payload moves by pread and pwrite on `/dev/ublkcN`.
 pub const F_USER_COPY: u64 = 1 << 7;
+/// The client's memory of a read or write is put into the server's table of io_uring buffers.
+pub const F_AUTO_BUF_REG: u64 = 1 << 11;
 /// Knows [`CMD_UPDATE_SIZE`].
 pub const F_UPDATE_SIZE: u64 = 1 << 10;
 /// Knows [`CMD_QUIESCE_DEV`].
@@ -86,6 +88,7 @@ pub fn flag_name(flag: u64) -> &'static str {
         F_UNPRIVILEGED_DEV => "UNPRIVILEGED_DEV",
         F_CMD_IOCTL_ENCODE => "CMD_IOCTL_ENCODE",
         F_USER_COPY => "USER_COPY",
+        F_AUTO_BUF_REG => "AUTO_BUF_REG",
         F_UPDATE_SIZE => "UPDATE_SIZE",
         F_QUIESCE => "QUIESCE",
         F_SAFE_STOP_DEV => "SAFE_STOP_DEV",
@@ -119,6 +122,16 @@ pub const IO_OP_DISCARD: u8 = 3;
 pub const IO_OP_WRITE_ZEROES: u8 = 5;
 /// In [`IoDesc::op_flags`]: durable before completion.
 pub const IO_F_FUA: u32 = 1 << 13;
+/// The client's memory could not be put into the table of buffers.
+pub const IO_F_NEED_REG_BUF: u32 = 1 << 17;
+
+/// What a command for a tag carries as its address with [`F_AUTO_BUF_REG`]: the place in the table, and that a request comes all
+/// the same where it cannot be put there.
+#[must_use]
+pub fn auto_buf_address(index: u16) -> u64 {
+    const FALLBACK: u64 = 1;
+    u64::from(index) | FALLBACK << 16
+}
 
 /// What every control command carries in its SQE.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -93,6 +93,13 @@ pub enum Memory {
         /// Length in bytes.
         len: usize,
     },
+    /// A client's memory, which is in the buffer table of the ring that the operation goes to. Only for reads.
+    Client {
+        /// Place in the table.
+        index: u16,
+        /// Length in bytes.
+        len: usize,
+    },
 }
 
 /// One device operation.

@@ -237,6 +237,14 @@ impl Reactor {
         self.slab.len() + self.ended.len()
     }
 
+    /// Makes a table of `count` empty buffers, which the kernel fills with what clients hand in: [`Memory::Client`].
+    pub fn reserve_buffers(&mut self, count: u32) -> Result<()> {
+        self.ring
+            .submitter()
+            .register_buffers_sparse(count)
+            .map_err(|e| Error::io("cannot register the buffer table of an io_uring", e))
+    }
+
     /// Queues an operation. It is submitted by the next [`Self::submit_and_wait`] (or earlier, when the queue is
     /// full) and always comes back as an [`Event::Op`], errors included.
     ///

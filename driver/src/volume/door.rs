@@ -79,6 +79,8 @@ enum Job {
     Change(Request),
     /// A read that waits for memory: a region, or a buffer.
     ReadWaits(Request),
+    /// A read of the backing into the client's memory in flight.
+    ReadDirect(Request),
     /// A read of the backing in flight.
     ReadBacking {
         request: Request,
@@ -209,7 +211,11 @@ impl VolumeDoor {
 
     fn finish<IO: DoorIo>(&mut self, tag: u32, result: Result<(), Errno>, io: &mut IO) {
         let job = std::mem::take(&mut self.jobs[tag as usize]);
-        let (Job::Change(request) | Job::ReadWaits(request) | Job::ReadBacking { request, .. }) = job else {
+        let (Job::Change(request)
+        | Job::ReadWaits(request)
+        | Job::ReadDirect(request)
+        | Job::ReadBacking { request, .. }) = job
+        else {
             panic!("request {tag} completed twice");
         };
         if self.waits_for_log(&request) {
@@ -370,6 +376,12 @@ impl VolumeDoor {
 
     fn read_pieces<IO: DoorIo>(&mut self, request: Request, pieces: &mut [ReadPiece], io: &mut IO) {
         let range = ByteRange::at(request.offset, request.len);
+        if let [ReadPiece { source: ReadSource::Backing, .. }] = pieces[..]
+            && let Some(memory) = self.direct_memory(&request, io)
+        {
+            self.jobs[request.tag as usize] = Job::ReadDirect(request);
+            return io.submit(self.read_of_backing(request.tag, range, memory));
+        }
         if let [ReadPiece { source: ReadSource::Stage { region, offset }, .. }] = pieces[..] {
             let bytes = self.shared.arena.bytes(region, offset, offset + request.len as u32);
             let result = io.deliver(request.tag, 0, bytes);
@@ -377,6 +389,30 @@ impl VolumeDoor {
             self.finish(request.tag, result, io);
             return;
         }
+        self.read_backing(request, pieces, io);
+    }
+
+    /// The client's memory, if the backing can be read straight into it.
+    fn direct_memory<IO: DoorIo>(&self, request: &Request, io: &IO) -> Option<Memory> {
+        let block = u64::from(self.volume.backing_block_bytes);
+        let aligned = request.offset.is_multiple_of(block) && request.len.is_multiple_of(block);
+        if aligned { io.client_memory(request.tag) } else { None }
+    }
+
+    fn read_of_backing(&self, tag: u32, range: ByteRange, memory: Memory) -> Op {
+        Op {
+            token: Token(u64::from(tag)),
+            target: Target::Backing(self.volume.id),
+            kind: OpKind::Read,
+            offset: range.start,
+            len: range.len(),
+            memory,
+        }
+    }
+
+    /// Reads what is not staged from the backing, and lays what is over it.
+    fn read_backing<IO: DoorIo>(&mut self, request: Request, pieces: &mut [ReadPiece], io: &mut IO) {
+        let range = ByteRange::at(request.offset, request.len);
         let mut gaps = pieces.iter().filter(|p| p.source == ReadSource::Backing);
         let Some(first) = gaps.next() else {
             let mut buf = self.take_buffer(range.len() as usize);
@@ -398,17 +434,18 @@ impl VolumeDoor {
         kept.clear();
         kept.extend_from_slice(pieces);
         self.jobs[request.tag as usize] = Job::ReadBacking { request, hull, pieces: kept };
-        io.submit(Op {
-            token: Token(u64::from(request.tag)),
-            target: Target::Backing(self.volume.id),
-            kind: OpKind::Read,
-            offset: hull.start,
-            len: hull.len(),
-            memory: Memory::Owned(buf),
-        });
+        io.submit(self.read_of_backing(request.tag, hull, Memory::Owned(buf)));
     }
 
     fn read_done<IO: DoorIo>(&mut self, tag: u32, result: Result<(), Errno>, memory: Memory, io: &mut IO) {
+        if let Job::ReadDirect(request) = self.jobs[tag as usize] {
+            if result.is_ok() {
+                return self.finish(tag, result, io);
+            }
+            // The device may not like the client's memory; what else is wrong shows again.
+            let range = ByteRange::at(request.offset, request.len);
+            return self.read_backing(request, &mut [ReadPiece { range, source: ReadSource::Backing }], io);
+        }
         let Job::ReadBacking { request, hull, pieces } = &mut self.jobs[tag as usize] else {
             panic!("no read of the backing is in flight for request {tag}")
         };

@@ -5,7 +5,7 @@
 //! them blocks.
 
 use crate::base::Lsn;
-use crate::io::{Done, Errno, Op};
+use crate::io::{Done, Errno, Memory, Op};
 
 /// What a client asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +45,11 @@ pub trait DoorIo {
     fn fetch(&mut self, tag: u32, offset: u32, into: &mut [u8]) -> Result<(), Errno>;
     /// Copies `from` to byte `offset` of the client's memory of read request `tag`.
     fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> Result<(), Errno>;
+    /// The client's memory of read request `tag`, for an operation that fills it without a copy of ours; `None` where there
+    /// is no such way.
+    fn client_memory(&self, _tag: u32) -> Option<Memory> {
+        None
+    }
     /// Request `tag` is a change and has its place in the order of the log; its payload is fetched next. For doors that
     /// tell their clients the order, and for checkers.
     fn placed(&mut self, _tag: u32, _lsn: Lsn) {}

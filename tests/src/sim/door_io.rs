@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tidegate_driver::base::Lsn;
-use tidegate_driver::io::{Errno, Op};
+use tidegate_driver::io::{Errno, Memory, Op};
 use tidegate_driver::volume::{DoorIo, Request, RequestKind};
 
 use super::model::{Change, Effect, Model};
@@ -93,6 +93,11 @@ impl DoorIo for Io<'_> {
         let content = asked.content.as_ref().expect("a write has content");
         into.copy_from_slice(&content[offset as usize..offset as usize + into.len()]);
         Ok(())
+    }
+
+    fn client_memory(&self, tag: u32) -> Option<Memory> {
+        let len = self.asked[&tag].request.len as usize;
+        tag.is_multiple_of(2).then_some(Memory::Client { index: tag as u16, len })
     }
 
     fn deliver(&mut self, tag: u32, offset: u32, from: &[u8]) -> Result<(), Errno> {

@@ -1,6 +1,6 @@
 //! Operations in flight, and what becomes of them.
 
-use tidegate_driver::io::{Errno, Op, OpKind, Target};
+use tidegate_driver::io::{Errno, Memory, Op, OpKind, Target};
 
 use super::aim::spring;
 use super::disk::{SyncFailure, lock};
@@ -25,7 +25,7 @@ pub struct Flight {
     pub op: Op,
     /// When it may end.
     pub ready_ns: u64,
-    /// What is being written, as it was when the operation began.
+    /// What is being written, as it was when the operation began; or what was read for a client.
     pub data: Vec<u8>,
     /// The disk's moment when it began.
     pub moment: u64,
@@ -69,6 +69,10 @@ pub fn execute(flight: &mut Flight, site: &Site<'_>) -> Result<(), Errno> {
         return Err(rng.pick(&[Errno::EIO, Errno::EIO, Errno::ENOSPC]));
     }
     match kind {
+        // The client has it when the read ends.
+        OpKind::Read if matches!(flight.op.memory, Memory::Client { .. }) => {
+            flight.data = disk.visible(offset, flight.op.len as usize).to_vec();
+        }
         OpKind::Read => memory::fill(&mut flight.op.memory, &disk.visible(offset, flight.op.len as usize)),
         OpKind::Write | OpKind::Discard | OpKind::WriteZeroes => disk.apply(offset, &flight.data),
         OpKind::WriteDurable => disk.apply_durable(offset, &flight.data),

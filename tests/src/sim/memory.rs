@@ -6,7 +6,7 @@ use tidegate_driver::io::Memory;
 /// The bytes of a write.
 pub fn bytes(memory: &Memory) -> Vec<u8> {
     match memory {
-        Memory::None => Vec::new(),
+        Memory::None | Memory::Client { .. } => Vec::new(),
         Memory::Owned(buf) => buf.to_vec(),
         Memory::Shared { region, offset, len } => {
             assert!(offset + len <= region.len_bytes());
@@ -20,6 +20,7 @@ pub fn bytes(memory: &Memory) -> Vec<u8> {
 pub fn fill(memory: &mut Memory, data: &[u8]) {
     match memory {
         Memory::None => assert!(data.is_empty()),
+        Memory::Client { .. } => panic!("a client's memory is filled when the read ends"),
         Memory::Owned(buf) => buf.copy_from_slice(data),
         Memory::Shared { region, offset, len } => {
             assert!(*offset + *len <= region.len_bytes() && *len == data.len());

@@ -9,7 +9,7 @@ use tidegate_driver::base::{RegionSeq, VolumeId};
 use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::{Done, Op, OpKind, Target};
+use tidegate_driver::io::{Done, Op, Memory, OpKind, Target};
 use tidegate_driver::recovery::Opened;
 use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
@@ -460,6 +460,10 @@ impl Running {
         let done = Done { token: flight.op.token, result, memory: flight.op.memory };
         match flight.owner {
             Owner::Door(d) => {
+                if let (Memory::Client { index, .. }, Ok(())) = (&done.memory, result) {
+                    let tag = u32::from(*index);
+                    self.doors[d].asked.get_mut(&tag).expect("a read in flight").got = flight.data;
+                }
                 self.doors[d].gathered = true;
                 self.with_door(d, now, site, model, |door, io| door.op_done(done, io))
             }

@@ -44,6 +44,12 @@ pub(super) fn assert_memory_fits(op: &Op) {
             op.len,
             buf.len()
         ),
+        Memory::Client { len, .. } => {
+            assert!(
+                op.kind == OpKind::Read && *len as u64 == op.len,
+                "a read of as much as the client wants"
+            );
+        }
         Memory::Shared { region, offset, len } => {
             let end = offset.checked_add(*len);
             assert!(
@@ -65,6 +71,8 @@ fn address(memory: &mut Memory, at: u64) -> *mut u8 {
     let at = at as usize;
     match memory {
         Memory::None => std::ptr::null_mut(),
+        // Offsets within the buffer that the table names.
+        Memory::Client { .. } => std::ptr::without_provenance_mut(at),
         Memory::Owned(buf) => buf[at..].as_mut_ptr(),
         Memory::Shared { region, offset, .. } => region.base().wrapping_add(*offset + at),
     }
@@ -76,6 +84,11 @@ pub(super) fn build(in_flight: &mut InFlight, file: types::Fixed, is_block_devic
     let at = op.offset + *transferred;
     let left = (op.len - *transferred).min(TRANSFER_BYTES_MAX) as u32;
     let entry = match op.kind {
+        OpKind::Read if let Memory::Client { index, .. } = op.memory => {
+            opcode::ReadFixed::new(file, address(&mut op.memory, *transferred), left, index)
+                .offset(at)
+                .build()
+        }
         OpKind::Read => {
             opcode::Read::new(file, address(&mut op.memory, *transferred), left).offset(at).build()
         }
