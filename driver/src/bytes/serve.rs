@@ -21,7 +21,9 @@ use super::session::{Next, Progress, Session};
 use super::ties::Ties;
 use crate::base::abort::AbortOnPanic;
 use crate::base::{Error, ErrorKind, Lsn, Result};
-use crate::format::byte_ring::{HELLO_MAGIC, HelloImage, RingLayout, WIRE_VERSION, WelcomeImage, put_text};
+use crate::format::byte_ring::{
+    HELLO_MAGIC, HelloImage, RingLayout, SOLE_WRITER, WIRE_VERSION, WelcomeImage, put_text,
+};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::uring::{Event, Reactor};
 use crate::io::{Errno, Op, SharedMap};
@@ -78,7 +80,7 @@ impl DoorIo for Io {
 }
 
 /// A refusal is an errno and words.
-type Refusable<T> = std::result::Result<T, (i32, String)>;
+pub(super) type Refusable<T> = std::result::Result<T, (i32, String)>;
 
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +112,7 @@ fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
         );
         return Err((libc::EPROTONOSUPPORT, what));
     }
-    if hello.flags.get() != 0 {
+    if hello.flags.get() & !SOLE_WRITER != 0 {
         return Err((libc::EOPNOTSUPP, format!("unknown flags {:#x} in the greeting", hello.flags.get())));
     }
     Ok(hello)
@@ -191,16 +193,20 @@ fn ring(stream: &UnixStream) {
     let _ = send(stream.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-/// The thread's body. `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
+/// The thread's body. `claim` makes it the volume's sole writer; `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
 /// socket, after the session.
 pub(super) fn run(
     setup: &Setup,
     stream: &UnixStream,
     stop: &AtomicBool,
+    claim: impl FnOnce() -> Refusable<()>,
     started: impl FnOnce(Arc<dyn Wake>),
 ) {
     let _abort = AbortOnPanic;
-    let greeted = greeting(stream).and_then(|hello| layout_for(&hello, setup.arena_bytes_max));
+    let greeted = greeting(stream).and_then(|hello| {
+        let layout = layout_for(&hello, setup.arena_bytes_max)?;
+        if hello.flags.get() & SOLE_WRITER != 0 { claim().map(|()| layout) } else { Ok(layout) }
+    });
     let layout = match greeted {
         Ok(layout) => layout,
         Err((errno, why)) => {

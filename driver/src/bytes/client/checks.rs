@@ -98,10 +98,9 @@ macro_rules! model {
         impl Memory {
             fn new(layout: RingLayout) -> Memory {
                 let slots = (0..u64::from(layout.depth)).map(|n| layout.submission(n));
-                let slots = slots
-                    .chain((0..u64::from(layout.completion_depth())).map(|n| layout.completion(n)));
-                let words =
-                    [SUBMISSION_TAIL, SUBMISSION_HEAD, COMPLETION_TAIL, COMPLETION_HEAD, ACCEPTED];
+                let slots =
+                    slots.chain((0..u64::from(layout.completion_depth())).map(|n| layout.completion(n)));
+                let words = [SUBMISSION_TAIL, SUBMISSION_HEAD, COMPLETION_TAIL, COMPLETION_HEAD, ACCEPTED];
                 let words = words.into_iter().chain([DURABLE_UP_TO, VOLUME_BYTES]).chain(slots);
                 Memory {
                     words: words.map(|at| (at, AtomicU64::new(0))).collect(),

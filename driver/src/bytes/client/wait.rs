@@ -232,6 +232,7 @@ impl<G: Ground> Waiting<G> {
 
 /// A call was interrupted.
 pub(super) fn interrupted() -> Failure {
-    let what = "interrupted by another thread; what the call had submitted by then is carried out all the same";
+    let what =
+        "interrupted by another thread; what the call had submitted by then is carried out all the same";
     Failure::new(libc::EINTR, what)
 }
