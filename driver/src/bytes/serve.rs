@@ -193,8 +193,8 @@ fn ring(stream: &UnixStream) {
     let _ = send(stream.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-/// The thread's body. `claim` makes it the volume's sole writer; `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
-/// socket, after the session.
+/// The thread's body. `claim` makes it the volume's sole writer; `started` is told how to wake the thread. What the client has
+/// sent beside its greeting goes with the socket, after the session.
 pub(super) fn run(
     setup: &Setup,
     stream: &UnixStream,

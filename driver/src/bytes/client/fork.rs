@@ -46,15 +46,16 @@ fn list() -> MutexGuard<'static, List> {
 }
 
 extern "C" fn before() {
-    FORKING.set(Some(list()));
+    // Not in a thread that has ended but for its exit handlers: its children keep what they have.
+    let _ = FORKING.try_with(|forking| forking.replace(Some(list())));
 }
 
 extern "C" fn after() {
-    drop(FORKING.take());
+    let _ = FORKING.try_with(RefCell::take);
 }
 
 extern "C" fn in_child() {
-    let Some(mut list) = FORKING.take() else { return };
+    let Ok(Some(mut list)) = FORKING.try_with(RefCell::take) else { return };
     let Some(Some(closed)) = CLOSED.get() else { return };
     for Held { socket, memory, .. } in list.held.drain(..) {
         // SAFETY: the socket's number is the library's own until it is taken off the list.
