@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use support::{Place, V1, V2, VOLUME_BYTES, pattern};
@@ -287,7 +288,7 @@ fn many_threads_share_a_session_and_many_sessions_a_volume() {
 fn a_session_begins_when_those_of_clients_that_are_gone_are_over() {
     let served = Served::new(&[AckLevel::Memory]);
     for round in 0..30u8 {
-        let old = Device::open(&served.socket(0), &Options { depth: 4096, arena_bytes: 0 }).unwrap();
+        let old = Device::open(&served.socket(0), &Options { depth: 4096, ..Options::default() }).unwrap();
         let at = old.alloc(8).unwrap();
         old.put(at, &[round; 8]).unwrap();
         let write = Submission {
@@ -448,4 +449,87 @@ fn those_who_are_not_on_the_list_stay_outside() {
     assert_eq!(mode(&served.gates[0]), 0o600);
     served.gates[0].set_access(access).unwrap();
     assert_eq!(mode(&served.gates[0]), 0o666);
+}
+
+#[test]
+fn interrupted_calls_fail_and_hurt_nothing() {
+    let served = Served::new(&[AckLevel::Memory]);
+    let device = served.device(0);
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let interrupt_until = |count: usize| {
+        while done.load(Ordering::Relaxed) < count {
+            device.interrupt();
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                assert_eq!(errno_of(device.reap(&mut [Completion::default()], None)), libc::EINTR);
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        interrupt_until(3);
+    });
+    assert_eq!(device.reap(&mut [Completion::default()], Some(Duration::from_millis(20))), Ok(0));
+    // Slots of reads that were given up are used by others only when the server is through with them.
+    let len = 300_000;
+    device.write(0, &[&pattern(1, len)], 0).unwrap();
+    device.write(1 << 20, &[&pattern(2, len)], 0).unwrap();
+    let mut interrupted = 0;
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4u64)
+            .map(|number| {
+                let (device, done) = (&device, &done);
+                scope.spawn(move || {
+                    let (mut interrupted, mut bytes) = (0, vec![0; len]);
+                    for _ in 0..100 {
+                        match device.read((number % 2) << 20, &mut bytes) {
+                            Ok(()) => assert!(bytes == pattern(1 + number % 2, len), "another's bytes"),
+                            Err(e) => {
+                                assert_eq!(e.errno.0, libc::EINTR);
+                                interrupted += 1;
+                            }
+                        }
+                    }
+                    done.fetch_add(1, Ordering::Relaxed);
+                    interrupted
+                })
+            })
+            .collect();
+        interrupt_until(7);
+        interrupted = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+    });
+    assert!(interrupted > 0);
+    // None is lost.
+    let mut bytes = vec![0; 4 << 20];
+    (0..50).for_each(|_| device.read(0, &mut bytes).unwrap());
+    served.end();
+}
+
+#[test]
+fn a_volume_has_one_sole_writer() {
+    let served = Served::new(&[AckLevel::Memory, AckLevel::Memory]);
+    let sole = Options { sole_writer: true, ..Options::default() };
+    let open = |index| Device::open(&served.socket(index), &sole);
+    for _ in 0..20 {
+        let first = open(0).unwrap();
+        let refused = open(0).unwrap_err();
+        assert_eq!(refused.errno.0, libc::EBUSY);
+        assert!(refused.what.contains(&std::process::id().to_string()), "{refused}");
+        // Other volumes have their own, and others are not kept out.
+        let (_other, plain) = (open(1).unwrap(), served.device(0));
+        plain.write(0, &[b"plain"], 0).unwrap();
+        let ticket = (0..50).map(|n| first.write_async(n * 1000, &[&[1; 1000]], 0).unwrap()).last().unwrap();
+        drop(first);
+        // What the first had submitted is through when the next begins.
+        let second = open(0).unwrap();
+        let mut before = [0; 50_000];
+        second.read(0, &mut before).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        let mut after = [0; 50_000];
+        second.read(0, &mut after).unwrap();
+        assert!(before == after && ticket.sequence() == 50);
+    }
+    served.end();
 }

@@ -105,7 +105,7 @@ fn greetings_that_make_no_sense_are_refused_with_words() {
     let good = HelloImage::new(0, 0);
     refused(&HelloImage { magic: *b"GET / HT", ..good }, nix::libc::EPROTO);
     refused(&HelloImage { version: 2.into(), ..good }, nix::libc::EPROTONOSUPPORT);
-    refused(&HelloImage { flags: 1.into(), ..good }, nix::libc::EOPNOTSUPP);
+    refused(&HelloImage { flags: 2.into(), ..good }, nix::libc::EOPNOTSUPP);
     refused(&HelloImage::new(7, 0), nix::libc::EINVAL);
     refused(&HelloImage::new(0, 1), nix::libc::EINVAL);
     refused(&HelloImage::new(u32::MAX, u32::MAX), nix::libc::EINVAL);

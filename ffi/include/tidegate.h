@@ -30,12 +30,16 @@
  *   -ERANGE    bytes beyond the end of the volume
  *   -EMSGSIZE  a write that is too long for one change
  *   -ENOTCONN  the server is gone
+ *   -EINTR     tg_interrupt() was called
+ *   -EBUSY     there is a sole writer already (tg_open())
  *   -ECANCELED a request named the ticket of a session that ended first (result of a completion)
  *   -ENOSPC    the stage has no room; a log is full
  *   -EIO       a device failed
  *
  * All calls may be made from many threads at once, with the same handle too. A session does not go through fork(): the child
- * opens its own. The library starts a thread only for a session with a callback. It leaves signals alone.
+ * opens its own. Of its parent's it has nothing: the socket is closed there, so the session ends with its parent, and the arena
+ * is private memory, of zeroes. (Not so in a child made by _Fork() or clone(): let that execute a program or end soon.) What
+ * executes a program (exec, posix_spawn, system) keeps nothing. The library starts a thread only for a session with a callback. It leaves signals alone.
  *
  * Structures may grow at their end: those with a `size` say how much of them the program knows; a library that is older takes
  * a longer one if the rest is zero, a newer one takes fields that are missing as zero. Fields that are called reserved are 0.
@@ -109,6 +113,19 @@ typedef enum tg_flag {
    */
   TG_SILENT = 2,
 } tg_flag;
+
+/**
+ * Flags of tg_open().
+ */
+typedef enum tg_open_flag {
+  /**
+   * Only one session of a volume at a time is opened with this, by whatever program: tg_open() fails with -EBUSY while there
+   * is another. It ends when its program closes it or dies, and then with all that it had submitted. Sessions without this
+   * flag are not kept from writing: programs that may write to the same log, or whatever else must have one writer, all
+   * have to set it.
+   */
+  TG_SOLE_WRITER = 1,
+} tg_open_flag;
 
 /**
  * When a change without TG_DURABLE completes; a property of the volume.
@@ -205,9 +222,9 @@ typedef struct tg_options {
    */
   uint32_t arena_bytes;
   /**
-   * 0.
+   * 0, or of enum tg_open_flag.
    */
-  uint32_t reserved;
+  uint32_t flags;
   /**
    * Gets the completions of tg_submit(), from a thread of the library; tg_reap() is refused then. NULL: you call tg_reap().
    */
@@ -332,7 +349,7 @@ const char *tg_error(void);
  * of its socket if it has a '/'. `options` may be NULL. A process may have many sessions, also to one volume.
  *
  * -ENOENT: there is no such socket; -ECONNREFUSED: nobody serves it; -EACCES: you are not allowed; -EPROTO: what answers
- * does not speak this version; -EINVAL: the options.
+ * does not speak this version; -EINVAL: the options; -EBUSY: there is a sole writer already (see TG_SOLE_WRITER).
  */
 int tg_open(const char *target, const struct tg_options *options, struct tg_device **device);
 
@@ -345,6 +362,15 @@ int tg_open(const char *target, const struct tg_options *options, struct tg_devi
  * that is the last run of it. Logs that were opened on the session go on until tg_log_close().
  */
 int tg_close(struct tg_device *device);
+
+/**
+ * Has every call that waits on the session now, in whatever thread, fail with -EINTR: tg_persist(), tg_reap(), tg_flush(),
+ * tg_pread(), those that write, those of its logs. What such a call had submitted is carried out all the same, a write
+ * too; nothing else changes, and the same call may be made again (a write that is made again is a second change). Calls that
+ * begin later are not concerned. So to have a thread stop: tell it so, then call this until it has, since the thread may have
+ * been just about to call. The callback of a session goes on. Not for signal handlers: it takes locks.
+ */
+int tg_interrupt(struct tg_device *device);
 
 /**
  * What the session is to. Set `info->size` before.
@@ -446,7 +472,8 @@ int tg_flush(struct tg_device *device);
 
 /**
  * Opens the append log in the `length` bytes of the volume from `base` on. `flags`: 0, or of enum tg_log_flag. Only one
- * handle, of all programs, may append to a log at a time; nothing checks that.
+ * handle, of all programs, may append to a log at a time. To have the server see to that, all of them open the session with
+ * TG_SOLE_WRITER; that one such session has one handle of the log is for its program to see to.
  *
  * An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
  * position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.

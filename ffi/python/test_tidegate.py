@@ -82,6 +82,28 @@ class DeviceTest(unittest.TestCase):
         for thread in threads:
             thread.join()
 
+    def test_calls_that_wait_are_interrupted(self):
+        def work():
+            for i in range(300):
+                try:
+                    self.device.persist(self.device.write(0, bytes([i % 256])))
+                except tidegate.Error as error:
+                    self.assertEqual(error.errno, errno.EINTR)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive():
+            self.device.interrupt()
+        thread.join()
+        self.device.persist(self.device.write(0, b"later calls are not concerned"))
+
+    def test_there_is_one_sole_writer(self):
+        with tidegate.Device(TARGET, sole_writer=True):
+            with self.fails(errno.EBUSY):
+                tidegate.Device(TARGET, sole_writer=True)
+            tidegate.Device(TARGET).close()
+        tidegate.Device(TARGET, sole_writer=True).close()
+
     def test_log(self):
         with self.device.log(*LOG, format=True) as log:
             self.assertEqual(list(log), [])

@@ -28,6 +28,7 @@ from ctypes import POINTER, byref, c_char, c_int, c_int64, c_size_t, c_ssize_t, 
 __all__ = ["Device", "Error", "Info", "Log", "version"]
 
 _DURABLE = 1
+_SOLE_WRITER = 1
 _LOG_CREATE = 1
 _LOG_FORMAT = 2
 
@@ -41,7 +42,7 @@ class _Options(ctypes.Structure):
         ("size", c_uint32),
         ("depth", c_uint32),
         ("arena_bytes", c_uint32),
-        ("reserved", c_uint32),
+        ("flags", c_uint32),
         ("callback", c_void_p),
         ("context", c_void_p),
     ]
@@ -77,6 +78,7 @@ def _load():
         "tg_open": (c_int, [ctypes.c_char_p, POINTER(_Options), POINTER(pointer)]),
         "tg_close": (c_int, [pointer]),
         "tg_get_info": (c_int, [pointer, POINTER(_Info)]),
+        "tg_interrupt": (c_int, [pointer]),
         "tg_accepted": (c_uint64, [pointer]),
         "tg_durable": (c_uint64, [pointer]),
         "tg_persist": (c_int, [pointer, c_uint64, c_int64]),
@@ -190,15 +192,23 @@ class Info:
 
 
 class Device(_Handle):
-    """A session with the server of a volume: by its name, or by the path of its socket. For many threads, not across fork."""
+    """A session with the server of a volume: by its name, or by the path of its socket. For many threads, not across fork.
+
+    With sole_writer it is the only one that asks for that: EBUSY while there is another, of whatever program.
+    """
 
     _close = _library.tg_close
 
-    def __init__(self, target, depth=0, arena_bytes=0):
-        options = _Options(size=ctypes.sizeof(_Options), depth=depth, arena_bytes=arena_bytes)
+    def __init__(self, target, depth=0, arena_bytes=0, sole_writer=False):
+        flags = _SOLE_WRITER if sole_writer else 0
+        options = _Options(size=ctypes.sizeof(_Options), depth=depth, arena_bytes=arena_bytes, flags=flags)
         handle = c_void_p()
         _check(_library.tg_open(os.fsencode(target), byref(options), byref(handle)))
         super().__init__(handle)
+
+    def interrupt(self):
+        """Has every call that waits on the device now, in whatever thread, fail with EINTR. What it submitted is carried out."""
+        _check(_library.tg_interrupt(self._open()))
 
     def info(self):
         """An Info."""
@@ -275,7 +285,8 @@ class Device(_Handle):
 class Log(_Handle):
     """An append log. After every crash it holds a prefix of what was appended, with everything that was persisted.
 
-    A position grows for ever, whatever is truncated. One handle at a time, of all programs, may change a log.
+    A position grows for ever, whatever is truncated. One handle at a time, of all programs, may change a log:
+    open the device with sole_writer to be sure of that.
     """
 
     _close = _library.tg_log_close

@@ -87,6 +87,17 @@ pub struct tg_completion {
 /// negative `result`. `completion` is valid during the call only.
 pub type tg_callback = Option<extern "C" fn(context: *mut c_void, completion: *const tg_completion)>;
 
+/// Flags of tg_open().
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub enum tg_open_flag {
+    /// Only one session of a volume at a time is opened with this, by whatever program: tg_open() fails with -EBUSY while there
+    /// is another. It ends when its program closes it or dies, and then with all that it had submitted. Sessions without this
+    /// flag are not kept from writing: programs that may write to the same log, or whatever else must have one writer, all
+    /// have to set it.
+    TG_SOLE_WRITER = 1,
+}
+
 /// What tg_open() may be told. Set it to zero, then `size`, then what you want: later versions have more fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -97,8 +108,8 @@ pub struct tg_options {
     pub depth: u32,
     /// Bytes of the arena, a multiple of 4096 up to 256 MiB; 0: 8 MiB.
     pub arena_bytes: u32,
-    /// 0.
-    pub reserved: u32,
+    /// 0, or of enum tg_open_flag.
+    pub flags: u32,
     /// Gets the completions of tg_submit(), from a thread of the library; tg_reap() is refused then. NULL: you call tg_reap().
     pub callback: tg_callback,
     /// First argument of the callback.

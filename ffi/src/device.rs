@@ -26,7 +26,7 @@ pub extern "C" fn tg_error() -> *const c_char {
 /// of its socket if it has a '/'. `options` may be NULL. A process may have many sessions, also to one volume.
 ///
 /// -ENOENT: there is no such socket; -ECONNREFUSED: nobody serves it; -EACCES: you are not allowed; -EPROTO: what answers
-/// does not speak this version; -EINVAL: the options.
+/// does not speak this version; -EINVAL: the options; -EBUSY: there is a sole writer already (see TG_SOLE_WRITER).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tg_open(
     target: *const c_char,
@@ -54,6 +54,19 @@ pub unsafe extern "C" fn tg_open(
 #[unsafe(no_mangle)]
 pub extern "C" fn tg_close(device: *mut tg_device) -> c_int {
     error::status(|| session::close(device))
+}
+
+/// Has every call that waits on the session now, in whatever thread, fail with -EINTR: tg_persist(), tg_reap(), tg_flush(),
+/// tg_pread(), those that write, those of its logs. What such a call had submitted is carried out all the same, a write
+/// too; nothing else changes, and the same call may be made again (a write that is made again is a second change). Calls that
+/// begin later are not concerned. So to have a thread stop: tell it so, then call this until it has, since the thread may have
+/// been just about to call. The callback of a session goes on. Not for signal handlers: it takes locks.
+#[unsafe(no_mangle)]
+pub extern "C" fn tg_interrupt(device: *mut tg_device) -> c_int {
+    error::status(|| {
+        session::find(device)?.device().interrupt();
+        Ok(())
+    })
 }
 
 /// What the session is to. Set `info->size` before.

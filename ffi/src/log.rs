@@ -12,7 +12,8 @@ use crate::journal;
 use crate::memory;
 
 /// Opens the append log in the `length` bytes of the volume from `base` on. `flags`: 0, or of enum tg_log_flag. Only one
-/// handle, of all programs, may append to a log at a time; nothing checks that.
+/// handle, of all programs, may append to a log at a time. To have the server see to that, all of them open the session with
+/// TG_SOLE_WRITER; that one such session has one handle of the log is for its program to see to.
 ///
 /// An append is one atomic write of header and payload at the tail, so what a crash leaves is a prefix of the entries. A
 /// position is a number of bytes since the log was made; it grows for ever, and the log reuses the room of what was truncated.

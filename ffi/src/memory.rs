@@ -222,9 +222,6 @@ pub unsafe fn options(options: *const tg_options) -> Result<tg_options> {
             "options has fields that this version of the library does not know, and they are not 0",
         ));
     }
-    if ours.reserved != 0 {
-        return Err(invalid("options->reserved is not 0"));
-    }
     Ok(ours)
 }
 

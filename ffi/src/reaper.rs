@@ -70,6 +70,8 @@ fn run(session: &Session, callback: Callback) {
                     callback.hand(&image(completion));
                 }
             }
+            // Meant for calls of the program's.
+            Err(failure) if failure.errno.0 == libc::EINTR => {}
             Err(failure) => {
                 if !session.is_closed() {
                     let result = -failure.errno.0.max(1);

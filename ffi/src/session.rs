@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tidegate_driver::bytes::client::{Device, Options};
+use tidegate_driver::bytes::client::{Begun, Device, Options};
 use tidegate_driver::bytes::{
     Completion, DURABLE, Failure, Info, Operation, Result, SILENT, Submission, Ticket,
 };
 use tidegate_driver::format::volume_entry::AckLevel;
 
-use crate::abi::{TG_AFTER_MAX, tg_ack, tg_completion, tg_device, tg_info, tg_options, tg_submission};
+use crate::abi::{
+    TG_AFTER_MAX, tg_ack, tg_completion, tg_device, tg_info, tg_open_flag, tg_options, tg_submission,
+};
 use crate::handle::Table;
 use crate::memory::{Array, Room};
 use crate::reaper::{self, Reaper};
@@ -44,7 +46,13 @@ fn invalid(what: impl Into<String>) -> Failure {
 /// Opens a session and gives it a handle.
 pub fn open(target: &str, options: &tg_options) -> Result<*mut tg_device> {
     reaper::watch_forks();
-    let device = Device::open(target, &Options { depth: options.depth, arena_bytes: options.arena_bytes })?;
+    const SOLE_WRITER: u32 = tg_open_flag::TG_SOLE_WRITER as u32;
+    let tg_options { depth, arena_bytes, flags, .. } = *options;
+    if flags & !SOLE_WRITER != 0 {
+        return Err(invalid(format!("flags {flags:#x}: 0 or TG_SOLE_WRITER")));
+    }
+    let sole_writer = flags & SOLE_WRITER != 0;
+    let device = Device::open(target, &Options { depth, arena_bytes, sole_writer })?;
     let info = device.info();
     let (start, bytes) = device.arena();
     let session = Arc::new(Session {
@@ -237,7 +245,8 @@ impl Session {
     pub fn reap(&self, room: &mut Room<tg_completion>, timeout_ns: i64) -> Result<i64> {
         self.without_callback("tg_reap")?;
         let mut some = [Completion::default(); BATCH];
-        let mut more = self.reap_first(&mut some[..room.count().min(BATCH)], timeout_ns)?;
+        let begun = self.device.begin();
+        let mut more = self.reap_first(&mut some[..room.count().min(BATCH)], timeout_ns, begun)?;
         let mut count = 0;
         loop {
             (0..more).for_each(|at| room.put(count + at, image(&some[at])));
@@ -252,12 +261,12 @@ impl Session {
     }
 
     /// Waits in short pieces, so that a session that is closed meanwhile is left soon.
-    fn reap_first(&self, into: &mut [Completion], timeout_ns: i64) -> Result<usize> {
+    fn reap_first(&self, into: &mut [Completion], timeout_ns: i64, begun: Begun) -> Result<usize> {
         let timeout = u64::try_from(timeout_ns).ok().map(Duration::from_nanos);
         let start = Instant::now();
         loop {
             let left = timeout.map_or(Duration::MAX, |timeout| timeout.saturating_sub(start.elapsed()));
-            let count = self.device.reap(into, Some(left.min(LOOK_EVERY)))?;
+            let count = self.device.reap_within(into, Some(left.min(LOOK_EVERY)), begun)?;
             if count > 0 || left <= LOOK_EVERY {
                 return Ok(count);
             }

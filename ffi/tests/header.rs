@@ -22,7 +22,8 @@ fn generated() -> String {
     };
     config.function.args = Layout::Auto;
     // No function takes them by type: a C program may pass any number.
-    config.export.include = ["tg_operation", "tg_flag", "tg_ack", "tg_log_flag"].map(str::to_owned).to_vec();
+    config.export.include =
+        ["tg_operation", "tg_flag", "tg_open_flag", "tg_ack", "tg_log_flag"].map(str::to_owned).to_vec();
     config.export.rename.insert("iovec".to_owned(), "struct iovec".to_owned());
     let mut builder = Builder::new().with_config(config);
     for file in ["abi", "device", "transfer", "log"] {

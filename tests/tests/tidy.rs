@@ -37,6 +37,7 @@ const UPWARD: &[(&str, &str)] = &[
 /// Files in which `unsafe` may be written.
 const UNSAFE: &[&str] = &[
     "driver/src/bytes/client/connect.rs",
+    "driver/src/bytes/client/fork.rs",
     "driver/src/io/file/sys.rs",
     "driver/src/io/peer.rs",
     "driver/src/io/shared_map.rs",

@@ -120,7 +120,7 @@ struct Served {
 
 impl Served {
     fn device(&self) -> Result<Device> {
-        let options = Options { depth: 1024, arena_bytes: 16 << 20 };
+        let options = Options { depth: 1024, arena_bytes: 16 << 20, ..Options::default() };
         Device::open(&self.socket.to_string_lossy(), &options).map_err(|e| failed(&e))
     }
 }

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod checks;
 mod connect;
+mod fork;
 mod ground;
 mod reads;
 mod rings;
@@ -22,6 +23,7 @@ use parking_lot::{Condvar, Mutex};
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
+use self::fork::Entered;
 use self::ground::Kernel;
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
@@ -39,11 +41,16 @@ pub struct Options {
     pub depth: u32,
     /// Size of the arena: a multiple of 4096; 0: the server's default.
     pub arena_bytes: u32,
+    /// To be the only session of the volume that asks for this: `EBUSY` while there is one. Two that may change the same
+    /// [append log](super::log) have to ask.
+    pub sole_writer: bool,
 }
 
 /// A session with a volume. May be used by many threads.
 #[derive(Debug)]
 pub struct Device {
+    /// First, because it goes first.
+    _entered: Entered,
     memory: SharedMap,
     layout: RingLayout,
     session: u16,
@@ -70,8 +77,8 @@ fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
 impl Device {
     /// Opens a session with the volume `target`, which is a name or the path of a socket (with a `/`).
     pub fn open(target: &str, options: &Options) -> Result<Device> {
-        let Connected { socket, bell, memory, layout, session, mut info } =
-            connect::connect(target, options.depth, options.arena_bytes)?;
+        let Connected { entered, socket, bell, memory, layout, session, mut info } =
+            connect::connect(target, options)?;
         let parts = Parts::of(layout.arena_bytes);
         let watch = Watch::new(&socket).map_err(|e| {
             Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
@@ -84,6 +91,7 @@ impl Device {
         })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
+            _entered: entered,
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),

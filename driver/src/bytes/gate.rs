@@ -8,6 +8,9 @@
 //! carried out; whoever comes after it (the same program, started again) looks at the volume and must not find it changed
 //! behind its back.
 //!
+//! Of the sessions of a volume that ask to be the sole writer one is let in at a time, and the next when that one is over: not
+//! when its client has closed it, but when all that it had submitted is carried out. So writers that ask never meet.
+//!
 //! Ownership: one thread accepts; sessions are entered and removed under `sessions`. [`Gate::close`] ends them all and
 //! waits until none is left.
 
@@ -29,7 +32,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use nix::sys::stat::{Mode, fchmod};
 use parking_lot::{Condvar, Mutex};
 
-use super::serve::{self, Setup};
+use super::serve::{self, Refusable, Setup};
 use super::ties::Ties;
 use crate::base::{Error, ErrorKind, Result, VolumeId};
 use crate::format::byte_ring::ARENA_BYTES_MAX;
@@ -105,6 +108,7 @@ struct Entry {
     info: SessionInfo,
     wake: Option<Arc<dyn Wake>>,
     stream: UnixStream,
+    is_sole_writer: bool,
 }
 
 struct Inside {
@@ -368,7 +372,9 @@ impl Inside {
             drop((entry, stream));
         });
         match spawned {
-            Ok(_) => drop(sessions.insert(number, Entry { info, wake: None, stream: shared })),
+            Ok(_) => drop(
+                sessions.insert(number, Entry { info, wake: None, stream: shared, is_sole_writer: false }),
+            ),
             Err(e) => self.turned_away.say(&self.volume.to_string(), &format!("no thread: {e}")),
         }
     }
@@ -384,7 +390,7 @@ impl Inside {
             turned_away: self.turned_away.clone(),
             arena_bytes_max: ARENA_BYTES_MAX / 8,
         };
-        serve::run(&setup, stream, &self.stop, |wake| self.enter(number, wake));
+        serve::run(&setup, stream, &self.stop, || self.claim(number), |wake| self.enter(number, wake));
     }
 
     /// Each of them waits only for older ones, so this comes to an end when their requests do.
@@ -393,6 +399,25 @@ impl Inside {
         while gone.iter().any(|number| sessions.contains_key(number)) {
             self.ended.wait(&mut sessions);
         }
+    }
+
+    /// Makes a session the sole writer until it is over. One whose client is gone is over soon: it waits for no other.
+    fn claim(&self, number: u64) -> Refusable<()> {
+        let mut sessions = self.sessions.lock();
+        while let Some(holder) = sessions.values().find(|entry| entry.is_sole_writer) {
+            if !is_gone(&holder.stream) {
+                let what = format!(
+                    "process {} is the sole writer of this volume: end it, or have it close its session, then try again",
+                    holder.info.pid
+                );
+                return Err((libc::EBUSY, what));
+            }
+            self.ended.wait(&mut sessions);
+        }
+        if let Some(entry) = sessions.get_mut(&number) {
+            entry.is_sole_writer = true;
+        }
+        Ok(())
     }
 
     fn enter(&self, number: u64, wake: Arc<dyn Wake>) {

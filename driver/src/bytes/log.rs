@@ -4,7 +4,8 @@
 //! the writes that survive a crash are a prefix of the order in which they were made. So an append is one write, there is no
 //! commit record, and the end of the log is where the chain of valid entries ends.
 //!
-//! One handle at a time changes a log. All of a handle's writes are made under its lock, hence in the order of positions.
+//! One handle at a time changes a log: whoever is not sure of that opens the session as the volume's sole writer (B9), with
+//! one handle of the log. All of a handle's writes are made under its lock, hence in the order of positions.
 //! "Made" below means: in the order of writes of which the store's content is the effect. What a crash took away was
 //! never made: it reached nothing, and nothing after it did.
 //!
@@ -201,7 +202,7 @@ impl<S: ByteStore> AppendLog<S> {
         };
         self.store.persist(ticket, timeout).inspect_err(|failure| {
             if failure.errno.0 != libc::ETIMEDOUT {
-                self.state.lock().fail(failure);
+                self.state.lock().fail_for_good(failure);
             }
         })
     }
@@ -338,7 +339,7 @@ impl<S: ByteStore> AppendLog<S> {
             hint,
         };
         let written = self.store.write(self.base, &[header.encode().as_bytes()]);
-        let ticket = written.inspect_err(|failure| state.fail(failure))?;
+        let ticket = written.inspect_err(|failure| state.fail_for_good(failure))?;
         state.hint = Some(hint);
         state.remember(hint, ticket, self.store.durable());
         Ok(ticket)
@@ -347,7 +348,7 @@ impl<S: ByteStore> AppendLog<S> {
     /// Writes at a position.
     fn write(&self, state: &mut State, position: u64, parts: &[&[u8]]) -> Result<Ticket> {
         let written = self.store.write(self.base + self.shape.offset(position), parts);
-        written.inspect_err(|failure| state.fail(failure))
+        written.inspect_err(|failure| state.fail_for_good(failure))
     }
 
     fn refusal(&self, why: Refusal, payload: u64) -> Failure {
@@ -392,9 +393,12 @@ impl State {
         }
     }
 
-    /// Nothing more is written.
-    fn fail(&mut self, failure: &Failure) {
+    /// Nothing more is written; unless the call was interrupted, which is before it writes or while it only waits.
+    fn fail_for_good(&mut self, failure: &Failure) {
         let errno = failure.errno.0;
+        if errno == libc::EINTR {
+            return;
+        }
         self.failed.get_or_insert_with(|| {
             Failure::new(errno, format!("the log takes no more changes until it is opened anew: {failure}"))
         });

@@ -32,7 +32,9 @@
 //! - B7 a session begins when the sessions of the volume whose clients were gone before are over: what they had submitted is
 //!   carried out or dropped by then, and nothing of it comes later;
 //! - B8 after a change that asked for no completion has failed, later ones of the session that ask for none fail too, so what
-//!   stays of them has no hole.
+//!   stays of them has no hole;
+//! - B9 of the sessions that ask to be the volume's sole writer there is one at a time; it is over before the next begins.
+//!   Sessions that do not ask are not kept from writing.
 
 pub mod client;
 pub mod gate;

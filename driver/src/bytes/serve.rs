@@ -22,7 +22,9 @@ use super::session::Session;
 use super::ties::Ties;
 use crate::base::abort::AbortOnPanic;
 use crate::base::{Error, ErrorKind, Lsn, Result};
-use crate::format::byte_ring::{HELLO_MAGIC, HelloImage, RingLayout, WIRE_VERSION, WelcomeImage, put_text};
+use crate::format::byte_ring::{
+    HELLO_MAGIC, HelloImage, RingLayout, SOLE_WRITER, WIRE_VERSION, WelcomeImage, put_text,
+};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::uring::{Event, Reactor};
 use crate::io::{Errno, Op, SharedMap};
@@ -90,7 +92,7 @@ impl DoorIo for Io<'_> {
 }
 
 /// A refusal is an errno and words.
-type Refusable<T> = std::result::Result<T, (i32, String)>;
+pub(super) type Refusable<T> = std::result::Result<T, (i32, String)>;
 
 /// The greeting of a client, or why there is none, as an errno and words.
 fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
@@ -111,7 +113,7 @@ fn greeting(stream: &UnixStream) -> Refusable<HelloImage> {
         );
         return Err((libc::EPROTONOSUPPORT, what));
     }
-    if hello.flags.get() != 0 {
+    if hello.flags.get() & !SOLE_WRITER != 0 {
         return Err((libc::EOPNOTSUPP, format!("unknown flags {:#x} in the greeting", hello.flags.get())));
     }
     Ok(hello)
@@ -192,16 +194,20 @@ fn ring(stream: &UnixStream) {
     let _ = send(stream.as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-/// The thread's body. `started` is told how to wake the thread. What the client has sent beside its greeting goes with the
-/// socket, after the session.
+/// The thread's body. `claim` makes it the volume's sole writer; `started` is told how to wake the thread. What the client has
+/// sent beside its greeting goes with the socket, after the session.
 pub(super) fn run(
     setup: &Setup,
     stream: &UnixStream,
     stop: &AtomicBool,
+    claim: impl FnOnce() -> Refusable<()>,
     started: impl FnOnce(Arc<dyn Wake>),
 ) {
     let _abort = AbortOnPanic;
-    let greeted = greeting(stream).and_then(|hello| layout_for(&hello, setup.arena_bytes_max));
+    let greeted = greeting(stream).and_then(|hello| {
+        let layout = layout_for(&hello, setup.arena_bytes_max)?;
+        if hello.flags.get() & SOLE_WRITER != 0 { claim().map(|()| layout) } else { Ok(layout) }
+    });
     let layout = match greeted {
         Ok(layout) => layout,
         Err((errno, why)) => {

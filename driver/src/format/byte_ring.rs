@@ -6,7 +6,7 @@
 //!   8  u32   version that the client speaks
 //!  12  u32   requests it wants to have submitted at once: a power of two, 0 for the server's default
 //!  16  u32   arena bytes it wants, 0 for the server's default
-//!  20  u32   flags (0)
+//!  20  u32   flags: 1 to be the sole writer
 //!  24  [104] reserved
 //! ```
 //!
@@ -81,6 +81,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 pub const WIRE_VERSION: u32 = 1;
 /// "TGHELLO\0".
 pub const HELLO_MAGIC: [u8; 8] = *b"TGHELLO\0";
+/// Flag of a greeting: no other session of the volume that asks for this is let in while this one lasts.
+pub const SOLE_WRITER: u32 = 1;
 /// "TGWELCO\0".
 pub const WELCOME_MAGIC: [u8; 8] = *b"TGWELCO\0";
 
@@ -134,7 +136,7 @@ pub struct HelloImage {
     pub depth: U32,
     /// Wanted arena.
     pub arena_bytes: U32,
-    /// None is defined.
+    /// [`SOLE_WRITER`].
     pub flags: U32,
     /// Zero.
     pub reserved: [u8; 104],

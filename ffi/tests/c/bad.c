@@ -324,6 +324,48 @@ static void forks(const char *name) {
   IS(tg_flush(device), 0);
 }
 
+/* The server learns of the death of a program that has a child, and the child cannot write to what its parent shares. */
+static void orphans(const char *name) {
+  struct tg_options options;
+  tg_device *own, *second;
+  unsigned char *data;
+  int status, ready[2], hold[2];
+  pid_t parent;
+  char byte = 0;
+  memset(&options, 0, sizeof options);
+  options.size = sizeof options;
+  options.flags = 2;
+  FAILS(tg_open(name, &options, &own), EINVAL);
+  options.flags = TG_SOLE_WRITER;
+  CHECK(pipe(ready) == 0 && pipe(hold) == 0);
+  parent = fork();
+  CHECK(parent >= 0);
+  if (parent == 0) {
+    pid_t child;
+    close(hold[1]);
+    if (tg_open(name, &options, &own) != 0 || (data = tg_alloc(own, 4096)) == NULL) _exit(1);
+    memset(data, 1, 4096);
+    child = fork();
+    if (child == 0) {
+      memset(data, 2, 4096);
+      if (write(ready[1], "x", 1) != 1 || read(hold[0], &byte, 1) != 0) _exit(2);
+      _exit(0);
+    }
+    if (child < 0 || read(ready[0], &byte, 1) != 1 || data[0] != 1 || data[4095] != 1) _exit(3);
+    if (tg_open(name, &options, &second) != -EBUSY || strstr(tg_error(), "sole writer") == NULL) _exit(4);
+    _exit(0);
+  }
+  IS(waitpid(parent, &status, 0), parent);
+  IS(status, 0);
+  /* The child lives. */
+  IS(tg_open(name, &options, &own), 0);
+  FAILS(tg_open(name, &options, &second), EBUSY);
+  IS(tg_close(own), 0);
+  IS(tg_open(name, &options, &own), 0);
+  IS(tg_close(own), 0);
+  CHECK(close(hold[0]) == 0 && close(hold[1]) == 0 && close(ready[0]) == 0 && close(ready[1]) == 0);
+}
+
 int main(int argc, char **argv) {
   tg_device *closed;
   tg_ticket ticket;
@@ -340,6 +382,7 @@ int main(int argc, char **argv) {
   logs();
   sizes(argv[1]);
   forks(argv[1]);
+  orphans(argv[1]);
   /* Closed, and its place taken by another. */
   closed = other;
   IS(tg_close(other), 0);

@@ -85,7 +85,7 @@ static void options(const char *dir) {
     FAILS(tg_open(path, &options, &device), ENOENT);
   }
   options.size = sizeof options;
-  options.reserved = 1;
+  options.flags = 2;
   FAILS(tg_open(path, &options, &device), EINVAL);
   /* A field that is not within the size is not looked at. */
   options.size = 8;

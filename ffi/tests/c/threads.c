@@ -50,6 +50,34 @@ static void in_threads(void *(*body)(void *), size_t count) {
   for (i = 0; i < count; i++) CHECK(pthread_join(threads[i], NULL) == 0);
 }
 
+/* ---- calls that wait are interrupted, later ones are not */
+
+static atomic_int interrupted;
+
+static void *wait_for_nothing(void *argument) {
+  struct tg_completion done;
+  (void)argument;
+  CHECK(tg_reap(device, &done, 1, -1) == -EINTR);
+  CHECK(strstr(tg_error(), "interrupted") != NULL);
+  atomic_fetch_add(&interrupted, 1);
+  return NULL;
+}
+
+static void interrupts(void) {
+  struct tg_completion done;
+  pthread_t threads[3];
+  size_t i;
+  for (i = 0; i < 3; i++) CHECK(pthread_create(&threads[i], NULL, wait_for_nothing, NULL) == 0);
+  while (atomic_load(&interrupted) < 3) {
+    IS(tg_interrupt(device), 0);
+    usleep(1000);
+  }
+  for (i = 0; i < 3; i++) CHECK(pthread_join(threads[i], NULL) == 0);
+  IS(tg_reap(device, &done, 1, SECOND / 50), 0);
+  IS(tg_flush(device), 0);
+  FAILS(tg_interrupt(NULL), EFAULT);
+}
+
 /* ---- the rings by many threads: some submit, one reaps */
 
 static atomic_int to_reap;
@@ -359,6 +387,7 @@ int main(int argc, char **argv) {
   in_threads(open_and_close, THREADS);
   logs();
   in_threads(read_much, 4);
+  interrupts();
   IS(tg_close(device), 0);
   return 0;
 }

@@ -4,15 +4,19 @@ use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{Failure, Info, Result};
-use crate::format::byte_ring::{HelloImage, RingLayout, WELCOME_MAGIC, WIRE_VERSION, WelcomeImage, text_of};
+use super::Options;
+use super::fork::Entered;
+use crate::format::byte_ring::{
+    HelloImage, RingLayout, SOLE_WRITER, WELCOME_MAGIC, WIRE_VERSION, WelcomeImage, text_of,
+};
 use crate::format::volume_entry::AckLevel;
 use crate::io::SharedMap;
 
@@ -24,6 +28,7 @@ pub const RUN_DIR: &str = "/run/tidegate";
 
 /// A session, as the server gave it.
 pub(super) struct Connected {
+    pub entered: Entered,
     pub socket: UnixStream,
     pub bell: File,
     pub memory: SharedMap,
@@ -52,12 +57,13 @@ fn failed(what: &str, target: &str, e: &std::io::Error) -> Failure {
     Failure::new(errno, format!("{what} '{target}': {e}"))
 }
 
-pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Connected> {
+pub(super) fn connect(target: &str, options: &Options) -> Result<Connected> {
     if target.is_empty() || target.contains('\0') {
         return Err(Failure::new(libc::EINVAL, "name a volume, or the path of its socket"));
     }
     let path = socket_path(target);
-    let socket = UnixStream::connect(&path).map_err(|e| match e.raw_os_error() {
+    let (socket, entered) = Entered::socket()?;
+    let socket = reach(socket, &path).map_err(|e| match e.raw_os_error() {
         Some(errno @ (libc::ENOENT | libc::ECONNREFUSED)) => {
             let what = format!(
                 "nobody serves {}: attach the volume with `tidegate attach NAME --bytes`",
@@ -67,7 +73,8 @@ pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Conn
         }
         _ => failed("cannot reach", &path.to_string_lossy(), &e),
     })?;
-    let hello = HelloImage::new(depth, arena_bytes);
+    let mut hello = HelloImage::new(options.depth, options.arena_bytes);
+    hello.flags = if options.sole_writer { SOLE_WRITER } else { 0 }.into();
     let greet = |mut socket: &UnixStream| {
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.write_all(hello.as_bytes())
@@ -86,9 +93,21 @@ pub(super) fn connect(target: &str, depth: u32, arena_bytes: u32) -> Result<Conn
         let errno = welcome.errno.get().clamp(1, 4095);
         return Err(Failure::new(errno, format!("volume '{target}': {}", text_of(&welcome.message))));
     }
-    session_of(&socket, &welcome, descriptors).ok_or_else(|| {
+    session_of(socket, entered, &welcome, descriptors).ok_or_else(|| {
         Failure::new(libc::EPROTO, format!("the server of '{target}' gave a session that makes no sense"))
     })?
+}
+
+/// As `UnixStream::connect`.
+fn reach(socket: OwnedFd, path: &Path) -> std::io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    loop {
+        match nix::sys::socket::connect(socket.as_raw_fd(), &address) {
+            Ok(()) => return Ok(socket.into()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
 }
 
 fn receive(socket: &UnixStream) -> std::io::Result<(WelcomeImage, Vec<OwnedFd>)> {
@@ -120,7 +139,8 @@ fn own(fd: std::os::fd::RawFd) -> OwnedFd {
 
 /// `None` if the welcome does not fit together.
 fn session_of(
-    socket: &UnixStream,
+    socket: UnixStream,
+    entered: Entered,
     welcome: &WelcomeImage,
     descriptors: Vec<OwnedFd>,
 ) -> Option<Result<Connected>> {
@@ -140,11 +160,11 @@ fn session_of(
         volume_uuid: Uuid::from_bytes(welcome.volume_uuid),
     };
     let open = || {
-        let memory = SharedMap::open(memory, layout.memory_bytes())
+        let memory = entered
+            .map(|| SharedMap::open(memory, layout.memory_bytes()))
             .map_err(|e| Failure::new(libc::EPROTO, e.report()))?;
-        let socket = socket.try_clone().map_err(|e| failed("cannot share the socket of", &info.name, &e))?;
         socket.set_read_timeout(None).map_err(|e| failed("cannot set up the socket of", &info.name, &e))?;
-        Ok(Connected { socket, bell: bell.into(), memory, layout, session, info })
+        Ok(Connected { entered, socket, bell: bell.into(), memory, layout, session, info })
     };
     Some(open())
 }

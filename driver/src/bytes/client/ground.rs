@@ -81,6 +81,13 @@ impl Kernel {
     }
 }
 
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // The session is over even if a copy of the socket is left somewhere.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 impl Ground for Kernel {
     type Held<'a> = MutexGuard<'a, Turn>;
 

@@ -72,7 +72,7 @@ fn what_is_taken_wakes_a_server_without_room() {
 
 #[test]
 fn what_is_completed_wakes_a_client_that_waits() {
-    check(5, || {
+    check(4, || {
         let Both { layout, memory, mut session, bell, line, waiting } = both(2, never);
         let client = thread::spawn({
             let bell = bell.clone();
@@ -98,7 +98,7 @@ fn what_is_completed_wakes_a_client_that_waits() {
 /// Two threads wait for different things: for the first request to be durable, and for the second.
 #[test]
 fn all_who_wait_are_woken() {
-    check(4, || {
+    check(3, || {
         let Both { layout, memory, mut session, bell, line, waiting } = both(2, never);
         let mut submitter = submitter();
         for _ in 0..2 {

@@ -149,6 +149,28 @@ fn all_hear_that_the_server_is_gone() {
     });
 }
 
+/// Calls that have begun are interrupted, all of them, every time, though nothing else happens that could wake them.
+#[test]
+fn calls_that_have_begun_are_interrupted() {
+    check(|| {
+        let both = both(2, by_chance);
+        for _ in 0..2 {
+            let threads: Vec<_> = (0..CLIENTS)
+                .map(|_| {
+                    let (waiting, memory) = (both.waiting.clone(), both.memory.clone());
+                    let limit = waiting.limit(None);
+                    thread::spawn(move || {
+                        let outcome = waiting.until(&*memory, limit, || None::<()>);
+                        assert_eq!(outcome.unwrap_err().errno.0, libc::EINTR);
+                    })
+                })
+                .collect();
+            both.waiting.interrupt();
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+        }
+    });
+}
+
 /// Calls that have begun are interrupted, all of them and once; one that begins later waits on.
 #[test]
 fn interrupted_calls_return_and_later_ones_wait_on() {
