@@ -125,8 +125,8 @@ pub const IO_F_FUA: u32 = 1 << 13;
 /// The client's memory could not be put into the table of buffers.
 pub const IO_F_NEED_REG_BUF: u32 = 1 << 17;
 
-/// What a command for a tag carries as its address with [`F_AUTO_BUF_REG`]: the place in the table, and that a request comes all
-/// the same where it cannot be put there.
+/// What a command for a tag carries as its address with [`F_AUTO_BUF_REG`]: the place in the table, and that a request comes
+/// all the same where it cannot be put there.
 #[must_use]
 pub fn auto_buf_address(index: u16) -> u64 {
     const FALLBACK: u64 = 1;

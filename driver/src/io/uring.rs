@@ -37,6 +37,7 @@
 
 mod bell;
 mod entry;
+mod setup;
 mod slab;
 #[cfg(test)]
 mod tests;
@@ -153,7 +154,7 @@ impl Reactor {
     /// see the module's notes).
     pub fn new(depth: u32) -> Result<Reactor> {
         let sq_entries = depth.clamp(64, 4096).next_power_of_two();
-        let ring = build_ring(sq_entries)?;
+        let ring = setup::ring(sq_entries)?;
         ring.submitter()
             .register_files_sparse(FILES_MAX as u32)
             .map_err(|e| Error::io("cannot register the file table of an io_uring", e))?;
@@ -557,46 +558,4 @@ impl Drop for Reactor {
         // if one of them is a ublk fetch).
         let _ = self.ring.submitter().register_files_update(0, &[-1; FILES_MAX]);
     }
-}
-
-/// The ring with the cheapest way of completion that the kernel has: 6.6 and newer need no array of indices.
-fn build_ring(sq_entries: u32) -> Result<IoUring> {
-    let mut last = None;
-    for no_sqarray in [true, false] {
-        let mut builder = IoUring::builder();
-        builder
-            .dontfork()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .setup_clamp()
-            .setup_cqsize(sq_entries * 4);
-        if no_sqarray {
-            builder.setup_no_sqarray();
-        }
-        match builder.build(sq_entries) {
-            Ok(ring) => return Ok(ring),
-            Err(e) => last = Some(e),
-        }
-    }
-    let e = last.expect("two attempts were made");
-    let hint = match e.raw_os_error() {
-        Some(libc::EPERM) => {
-            "io_uring is disabled here: set the sysctl kernel.io_uring_disabled to 0, or lift the seccomp filter"
-        }
-        Some(libc::ENOSYS) => {
-            "this kernel has no io_uring: use one built with CONFIG_IO_URING (6.1 or newer)"
-        }
-        Some(libc::EINVAL) => "this kernel's io_uring is too old: use 6.1 or newer",
-        Some(libc::ENOMEM) => "not enough memory, or RLIMIT_MEMLOCK is too low",
-        Some(libc::EMFILE | libc::ENFILE) => "too many open files: raise LimitNOFILE",
-        _ => "see dmesg",
-    };
-    let kind = match e.raw_os_error() {
-        Some(libc::EPERM) => return Err(Error::io(format!("cannot set up an io_uring; {hint}"), e)),
-        Some(libc::ENOSYS | libc::EINVAL) => ErrorKind::Unsupported,
-        _ => return Err(Error::io(format!("cannot set up an io_uring; {hint}"), e)),
-    };
-    Err(Error::new(kind, format!("cannot set up an io_uring ({e}); {hint}")))
 }
