@@ -245,7 +245,7 @@ impl Session {
 
     /// A submission from the ring. That there is room for its completion is made sure before it is taken.
     fn fetch_submission(&mut self) -> Result<SubmissionImage, Next> {
-        let tail = self.last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire));
+        let tail = self.client_tail();
         if tail == self.taken {
             return Err(Next::Nothing);
         }
@@ -253,7 +253,7 @@ impl Session {
             return Err(Next::Broken("the submission tail is not within the ring"));
         }
         if self.is_full() {
-            let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+            let head = self.client_head();
             if head < self.reaped || head > self.told[2] {
                 return Err(Next::Broken("the completion head is not within the ring"));
             }
@@ -263,6 +263,17 @@ impl Session {
             }
         }
         Ok(self.memory.image(self.layout.submission(self.taken)))
+    }
+
+    /// Submissions made, as the client says. One that is gone says nothing more.
+    fn client_tail(&self) -> u64 {
+        self.last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire))
+    }
+
+    /// The same of completions taken.
+    fn client_head(&self) -> u64 {
+        let is_gone = self.last.is_some();
+        if is_gone { self.reaped } else { self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire) }
     }
 
     fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
@@ -512,8 +523,7 @@ impl Session {
         self.memory.flag(SERVER_SLEEPS).store(1, Ordering::Relaxed);
         // Pairs with the client's fence between publishing a submission and looking at this flag.
         fence(Ordering::SeqCst);
-        let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
-        let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+        let (tail, head) = (self.client_tail(), self.client_head());
         // Held, or without room for a completion: what changes that wakes this side, or moves the head.
         let idle = is_held || tail == self.taken || (head == self.reaped && self.is_full());
         if !idle {
