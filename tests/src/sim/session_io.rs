@@ -158,6 +158,7 @@ impl Running {
                     Some(Gone::Died) => {
                         rounds.client_is_gone(&mut io.client.session);
                         io.client.gone = Some(Gone::Known);
+                        io.client.rules.is_gone = true;
                         // Somebody else has the memory, and does not count.
                         let lies = lock(site.ctl).rng.draw();
                         io.client.scribble(lies % 200, lies >> 32 & 0xff);

@@ -159,6 +159,8 @@ pub struct Rules {
     hole: Option<u64>,
     begun: u64,
     told: Words,
+    /// The server knows that the client is gone.
+    pub is_gone: bool,
 }
 
 impl Rules {
@@ -177,6 +179,7 @@ impl Rules {
             hole: None,
             begun: 0,
             told: Words::default(),
+            is_gone: false,
         }
     }
 
@@ -274,9 +277,18 @@ impl Rules {
         for (completion, silent) in fresh {
             self.completed(completion, *silent, order)?;
         }
-        for (before, barrier, request) in self.passed.drain(..) {
-            if self.made[&barrier].answer.is_none_or(|answer| answer == 0) {
-                return Err(format!("B4: {request} began behind barrier {barrier}, {before} had not ended"));
+        if self.is_gone {
+            self.conclude(before.released + 1..now.released + 1, order)?;
+        }
+        for (before, barrier, request) in std::mem::take(&mut self.passed) {
+            match self.made[&barrier].answer {
+                None if self.is_gone => self.passed.push((before, barrier, request)),
+                Some(answer) if answer < 0 => {}
+                _ => {
+                    return Err(format!(
+                        "B4: {request} began behind barrier {barrier}, {before} had not ended"
+                    ));
+                }
             }
         }
         let of = |from: u64, to: u64| self.made.range(from + 1..to + 1);
@@ -303,6 +315,36 @@ impl Rules {
             }
         }
         Ok((newest[0], newest[1]))
+    }
+
+    /// A client that is gone is told of no completions: what they would have been.
+    fn conclude(&mut self, taken: Range<u64>, order: &Order) -> Result<(), String> {
+        for sequence in taken {
+            let request = &self.made[&sequence];
+            let reasons = [EINVAL, ERANGE, EFAULT, EMSGSIZE, ECANCELED];
+            let answer = match (request.answer, request.ended) {
+                (Some(answer), _) => Some(answer),
+                (None, Some(ended)) => Some(ended.map_or_else(|errno| -errno.0, |()| 0)),
+                (None, None) if request.begun => None,
+                (None, None) => {
+                    let reason = reasons.into_iter().find(|errno| self.is_right(sequence, *errno, order));
+                    match reason {
+                        Some(errno) => Some(-errno),
+                        None if request.operation == Operation::Barrier => Some(0),
+                        None => {
+                            return Err(format!("{sequence} of a client that is gone was not carried out"));
+                        }
+                    }
+                }
+            };
+            let is_new = answer != request.answer && !request.begun;
+            let failed = is_new && request.is_silent() && answer.is_some_and(|answer| answer < 0);
+            self.made.get_mut(&sequence).expect("it was looked at").answer = answer;
+            if failed {
+                self.failed_silently(sequence)?;
+            }
+        }
+        Ok(())
     }
 
     fn completed(&mut self, completion: &Completion, silent: bool, order: &Order) -> Result<(), String> {
