@@ -267,7 +267,8 @@ impl Session {
 
     /// Submissions made, as the client says. One that is gone says nothing more.
     fn client_tail(&self) -> u64 {
-        self.last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire))
+        let last = self.last.filter(|_| !is(Mutation::GoneClientIsHeard));
+        last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire))
     }
 
     /// The same of completions taken.
@@ -311,7 +312,8 @@ impl Session {
 
     /// Whether the turn of a valid submission has come.
     fn turn(&mut self, operation: Operation, image: &SubmissionImage) -> Result<bool, Errno> {
-        let looks_back = matches!(operation, Operation::Read | Operation::Flush);
+        let looks_back =
+            matches!(operation, Operation::Read | Operation::Flush) && !is(Mutation::ReadsOvertakeTickets);
         for ticket in image.after.iter().map(|t| Ticket(t.get())).filter(|t| *t != Ticket::NONE) {
             let ready = if ticket.session() == self.number {
                 // The order within a session is given.

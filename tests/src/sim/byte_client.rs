@@ -301,6 +301,20 @@ impl ByteClient {
         Ok(takes_room && self.server_sleeps())
     }
 
+    /// Whether the submission that is to be taken next names another session.
+    #[must_use]
+    pub fn is_tied(&self) -> bool {
+        let next = self.rules.made.get(&(self.word(SUBMISSION_HEAD) + 1));
+        next.is_some_and(|next| next.after.iter().any(|t| t.session() != self.session.number()))
+    }
+
+    /// Whether the completion ring has no room beside what is with the door.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let used = self.word(COMPLETION_TAIL) - self.reaped + self.session.in_flight() as u64;
+        used >= u64::from(self.layout.completion_depth())
+    }
+
     /// For people.
     #[must_use]
     pub fn describe(&self) -> String {

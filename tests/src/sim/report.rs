@@ -215,7 +215,7 @@ pub struct SessionsSeen {
     /// Sessions begun.
     pub begun: u64,
     /// Completions.
-    pub submissions: u64,
+    pub completions: u64,
     /// Sessions whose client was gone, that were told to end, whose client broke the rules.
     pub ends: [u64; 3],
     /// Of the first: what they had submitted was not all carried out, as it would have waited for another session.
@@ -226,6 +226,10 @@ pub struct SessionsSeen {
     pub silent_failures: u64,
     /// Barriers.
     pub barriers: u64,
+    /// Rounds that ended with a submission that waits for another session.
+    pub held: u64,
+    /// Rounds that ended without room for another completion.
+    pub full: u64,
     /// Clients that waited for each other.
     pub gave_up: u64,
 }
@@ -233,12 +237,14 @@ pub struct SessionsSeen {
 impl SessionsSeen {
     fn add(&mut self, other: &SessionsSeen) {
         self.begun += other.begun;
-        self.submissions += other.submissions;
+        self.completions += other.completions;
         (0..3).for_each(|i| self.ends[i] += other.ends[i]);
         self.cut_short += other.cut_short;
         self.cancelled += other.cancelled;
         self.silent_failures += other.silent_failures;
         self.barriers += other.barriers;
+        self.held += other.held;
+        self.full += other.full;
         self.gave_up += other.gave_up;
     }
 }

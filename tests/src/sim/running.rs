@@ -207,10 +207,10 @@ impl Running {
                 self.bounds.check(&self.shared.core.lock(), of_background, self.log_writes())?;
                 return Ok(true);
             }
+            if self.sessions_rest(site)? {
+                continue;
+            }
             let Some(next) = self.next_ns() else {
-                if self.someone_gives_up(site) {
-                    continue;
-                }
                 if self.is_waiting() {
                     return Err(Stop::Fail(Liveness::stalled(&self.waiting(), &self.shared.core.lock())));
                 }
@@ -306,7 +306,7 @@ impl Running {
             || (self.habits.is_some() && self.quota > 0 && door.asked.len() < depth)
     }
 
-    fn next_ns(&self) -> Option<u64> {
+    pub(super) fn next_ns(&self) -> Option<u64> {
         let flights = self.flights.iter().map(|f| f.ready_ns);
         let asks = (0..self.doors.len()).filter(|&i| self.may_ask(i)).map(|i| self.doors[i].next_ns);
         flights.chain(asks).chain(self.deadline_ns).min()

@@ -1,12 +1,15 @@
 //! The thread of a session in the simulator: what its door is given to work with, what reaches it, a round, and what is
 //! demanded of each.
 
+use std::sync::Arc;
+
 use tidegate_driver::base::Lsn;
 use tidegate_driver::bytes::Operation;
 use tidegate_driver::bytes::round::{End, SessionIo, Then};
 use tidegate_driver::bytes::session::Session;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::{Done, Errno, Op};
+use tidegate_driver::stage::core::Marks;
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind};
 
 use super::byte_client::{ByteClient, Gone};
@@ -35,6 +38,7 @@ struct Io<'a> {
     volume: usize,
     model: &'a mut Model,
     order: &'a mut Order,
+    marks: Arc<Marks>,
     /// Operations in flight before.
     flights: usize,
     submitted: Vec<Op>,
@@ -70,7 +74,7 @@ impl SessionIo for Io<'_> {
 
     fn begins(&mut self, tag: u32) {
         let sequence = self.sequence(tag);
-        let told = self.client.rules.begins(sequence);
+        let told = self.client.rules.begins(sequence, self.marks.published(), self.order);
         self.demand(told);
     }
 }
@@ -137,6 +141,7 @@ impl Running {
             volume: *volume,
             model,
             order,
+            marks: self.shared.marks.clone(),
             flights,
             submitted: Vec::new(),
             completed: Vec::new(),
@@ -220,9 +225,11 @@ impl Running {
                 u64::from(client.rung),
             ],
         );
+        seen.held += u64::from(client.is_tied());
+        seen.full += u64::from(client.is_full());
         for (completion, silent) in fresh {
             let request = &client.rules.made[&completion.ticket.sequence()];
-            seen.submissions += 1;
+            seen.completions += 1;
             seen.silent_failures += u64::from(silent);
             let is_tied = request.after.iter().any(|ticket| order.is_over(*ticket));
             seen.cancelled += u64::from(is_tied && completion.result == ECANCELED);

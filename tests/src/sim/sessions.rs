@@ -347,9 +347,22 @@ impl Running {
         Ticket::new(number, (newest - back.min(newest) + ahead).max(1))
     }
 
+    /// Nothing can happen now: every thread has told its client what it knows. Whether somebody gave up, so that something can.
+    pub(super) fn sessions_rest(&mut self, site: &Site<'_>) -> Result<bool, String> {
+        let published = self.shared.core.lock().published();
+        let is_late = |client: &ByteClient| client.session.waits_for().is_some_and(|lsn| lsn <= published);
+        if let Some((_, client)) = self.clients().find(|(_, client)| is_late(client)) {
+            return Err(format!(
+                "a client is not told what is accepted up to {published}: {}",
+                client.describe()
+            ));
+        }
+        Ok(self.next_ns().is_none() && self.someone_gives_up(site))
+    }
+
     /// Nothing can happen any more. If that is so because clients wait for each other, or for what none will submit, one of
     /// them gives up: programs' mistakes. Whether one did.
-    pub(super) fn someone_gives_up(&mut self, site: &Site<'_>) -> bool {
+    fn someone_gives_up(&mut self, site: &Site<'_>) -> bool {
         let of = |number: u16| self.clients().find(|(_, client)| client.session.number() == number);
         let mut blocking = self.clients().filter_map(|(_, client)| {
             let taken = client.words().released;

@@ -3,7 +3,7 @@
 //! | rule | demanded when |
 //! |---|---|
 //! | B1 | a change gets its place: behind those submitted before it, before those behind it |
-//! | B2 | a read or flush ends: [`Rules::sees`] is what it must see |
+//! | B2 | a read or flush goes to the door, and ends: [`Rules::sees`] is what it must see |
 //! | B3 | a change gets its place, and what it names does ([`Order`]); a completion says `ECANCELED` |
 //! | B4 | a request goes to the door; a barrier has its completion |
 //! | B5 | the client is told: completions, payloads given back, accepted, durable |
@@ -193,8 +193,8 @@ impl Rules {
         sequence
     }
 
-    /// A request goes to the door.
-    pub fn begins(&mut self, sequence: u64) -> Result<(), String> {
+    /// A request goes to the door, everything up to `published` being accepted.
+    pub fn begins(&mut self, sequence: u64, published: Lsn, order: &Order) -> Result<(), String> {
         let request = self.made.get_mut(&sequence).ok_or("a request that nobody submitted")?;
         if request.begun || sequence <= self.begun {
             return Err(format!("B1: request {sequence} begins behind {}", self.begun));
@@ -209,6 +209,10 @@ impl Rules {
             return Err(format!("B8: change {sequence} begins, {hole} has failed silently"));
         }
         self.open.insert(sequence);
+        let looks_back = matches!(request.operation, Operation::Read | Operation::Flush);
+        if looks_back && self.sees(sequence, order) > published.0 {
+            return Err(format!("B2, B3: {sequence} begins at {published}: {:?}", self.made[&sequence]));
+        }
         Ok(())
     }
 
