@@ -192,7 +192,7 @@ impl Running {
             let mut ctl = lock(site.ctl);
             ctl.step += 1;
             let due = ctl.step >= ctl.crash_at && ctl.trap.is_none() && self.is_moment(ctl.crash_while);
-            if due || ctl.step >= ctl.crash_at + ctl.patience {
+            if due || ctl.step >= ctl.crash_at.saturating_add(ctl.patience) {
                 return Err(Stop::Crash);
             }
             self.had_faults |= ctl.faults.stage_write > 0;
