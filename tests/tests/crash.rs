@@ -80,6 +80,16 @@ fn worlds() {
         ("regions that could not be read", report.sometimes.load_errors),
         ("epochs", report.sometimes.epochs),
         ("wraps of the log", report.sometimes.regions / 8),
+        ("sessions whose client died", report.sometimes.sessions.ends[0]),
+        ("sessions told to end", report.sometimes.sessions.ends[1]),
+        ("sessions that were broken", report.sometimes.sessions.ends[2]),
+        ("work of a dead client that would have waited", report.sometimes.sessions.cut_short),
+        ("requests that waited for a session in vain", report.sometimes.sessions.cancelled),
+        ("submissions held for another session", report.sometimes.sessions.held),
+        ("silent failures", report.sometimes.sessions.silent_failures),
+        ("barriers", report.sometimes.sessions.barriers),
+        ("sessions without room for completions", report.sometimes.sessions.full),
+        ("clients that waited for each other", report.sometimes.sessions.gave_up),
     ];
     for (what, count) in seen {
         assert!(count > 0, "no world met {what}");

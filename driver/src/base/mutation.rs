@@ -78,6 +78,11 @@ pub enum Mutation {
     ClientIsNotRung,
     WaitingSessionsAreNotWoken,
     GoneClientsWorkIsDropped,
+    GoneClientIsHeard,
+    EndedSessionsTicketsAreReady,
+    ReadsOvertakeTickets,
+    AcceptedIsNotTold,
+    SessionEndsDuringALogWrite,
 }
 
 /// All of them.
@@ -149,6 +154,11 @@ pub const ALL: &[Mutation] = &[
     Mutation::ClientIsNotRung,
     Mutation::WaitingSessionsAreNotWoken,
     Mutation::GoneClientsWorkIsDropped,
+    Mutation::GoneClientIsHeard,
+    Mutation::EndedSessionsTicketsAreReady,
+    Mutation::ReadsOvertakeTickets,
+    Mutation::AcceptedIsNotTold,
+    Mutation::SessionEndsDuringALogWrite,
 ];
 
 /// Whether the bug is switched on in this thread.

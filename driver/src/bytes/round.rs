@@ -8,6 +8,7 @@
 //! at the ring for a short while before it sleeps, unless that was in vain before.
 
 use super::session::{Next, Progress, Session};
+use crate::base::mutation::{Mutation, is};
 use crate::base::patience::Patience;
 use crate::volume::{Door, DoorIo, RequestKind, VolumeDoor};
 
@@ -102,7 +103,8 @@ impl Rounds {
         // What a held submission waits for may have come about since it was looked at; if not, somebody has to say so.
         let held = next == Next::Held && session.next_is_held();
         // The client and other sessions wait for the word of what is accepted, too.
-        let behind = session.waits_for().is_some_and(|lsn| !door.tell_when_accepted(lsn));
+        let behind = !is(Mutation::AcceptedIsNotTold)
+            && session.waits_for().is_some_and(|lsn| !door.tell_when_accepted(lsn));
         let settled = !behind
             && match next {
                 Next::Broken(what) => {
@@ -130,7 +132,7 @@ impl Rounds {
         };
         if in_flight == 0 {
             // A door works for others too: it may have begun to write the log for all of them.
-            if io.ops_in_flight() == 0 {
+            if io.ops_in_flight() == 0 || is(Mutation::SessionEndsDuringALogWrite) {
                 return Then::Over(end);
             }
             Door::<IO>::retire(door);

@@ -246,7 +246,7 @@ impl<M: Shared> Session<M> {
 
     /// A submission from the ring. That there is room for its completion is made sure before it is taken.
     fn fetch_submission(&mut self) -> Result<SubmissionImage, Next> {
-        let tail = self.last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire));
+        let tail = self.client_tail();
         if tail == self.taken {
             return Err(Next::Nothing);
         }
@@ -254,7 +254,7 @@ impl<M: Shared> Session<M> {
             return Err(Next::Broken("the submission tail is not within the ring"));
         }
         if self.is_full() {
-            let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+            let head = self.client_head();
             if head < self.reaped || head > self.told[2] {
                 return Err(Next::Broken("the completion head is not within the ring"));
             }
@@ -264,6 +264,18 @@ impl<M: Shared> Session<M> {
             }
         }
         Ok(self.memory.image(self.layout.submission(self.taken)))
+    }
+
+    /// Submissions made, as the client says. One that is gone says nothing more.
+    fn client_tail(&self) -> u64 {
+        let last = self.last.filter(|_| !is(Mutation::GoneClientIsHeard));
+        last.unwrap_or_else(|| self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire))
+    }
+
+    /// The same of completions taken.
+    fn client_head(&self) -> u64 {
+        let is_gone = self.last.is_some();
+        if is_gone { self.reaped } else { self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire) }
     }
 
     fn check(&self, image: &SubmissionImage) -> Result<Operation, Errno> {
@@ -301,7 +313,8 @@ impl<M: Shared> Session<M> {
 
     /// Whether the turn of a valid submission has come.
     fn turn(&mut self, operation: Operation, image: &SubmissionImage) -> Result<bool, Errno> {
-        let looks_back = matches!(operation, Operation::Read | Operation::Flush);
+        let looks_back =
+            matches!(operation, Operation::Read | Operation::Flush) && !is(Mutation::ReadsOvertakeTickets);
         for ticket in image.after.iter().map(|t| Ticket(t.get())).filter(|t| *t != Ticket::NONE) {
             let ready = if ticket.session() == self.number {
                 // The order within a session is given.
@@ -520,8 +533,7 @@ impl<M: Shared> Session<M> {
         self.memory.flag(SERVER_SLEEPS).store(1, Ordering::Relaxed);
         // Pairs with the client's fence between publishing a submission and looking at this flag.
         M::fence();
-        let tail = self.memory.word(SUBMISSION_TAIL).load(Ordering::Acquire);
-        let head = self.memory.word(COMPLETION_HEAD).load(Ordering::Acquire);
+        let (tail, head) = (self.client_tail(), self.client_head());
         // Held, or without room for a completion: what changes that wakes this side, or moves the head.
         let idle = is_held || tail == self.taken || (head == self.reaped && self.is_full());
         if !idle {

@@ -138,6 +138,7 @@ impl Ties {
         }
         match known.ended.get(&ticket.session()) {
             Some(taken) if (1..=*taken).contains(&ticket.sequence()) => Tie::Ready,
+            Some(_) if is(Mutation::EndedSessionsTicketsAreReady) => Tie::Ready,
             Some(_) => Tie::Never,
             None => Tie::Unknown,
         }

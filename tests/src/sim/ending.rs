@@ -1,5 +1,7 @@
 //! How a server ends: killed, or with its power cut.
 
+use std::collections::BTreeSet;
+
 use tidegate_driver::base::VolumeId;
 use tidegate_driver::io::{OpKind, Target};
 
@@ -55,7 +57,11 @@ impl Running {
 
     fn remains(self) -> Remains {
         let published = self.shared.core.lock().published().0;
+        // Sessions are over, and nothing is asked again for them.
+        let bytes: BTreeSet<usize> =
+            self.doors.iter().filter(|d| d.seat.is_some()).map(|d| d.volume).collect();
         let mut unanswered = self.again;
+        unanswered.retain(|asked| !bytes.contains(&asked.volume));
         for door in self.doors {
             let asked = door.asked.into_values();
             unanswered.extend(asked.map(|a| Asked::new(a.request, a.content, a.volume, a.acknowledged)));

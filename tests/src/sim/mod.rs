@@ -6,6 +6,7 @@
 //! | `rng` | the one source of chance |
 //! | `disk` | disks with a volatile cache, faults, and what a power cut makes of them |
 //! | `client` | what the clients ask for |
+//! | `byte_client`, `sessions`, `session_io` | clients of the byte door, the sessions that serve them, and their threads |
 //! | `door_io`, `flight`, `memory`, `site` | a client's side of a door, operations in flight, their memory, disks and time |
 //! | `model` | the list of accepted changes |
 //! | `checkers` | what that list and the promises demand, one promise a file |
@@ -23,6 +24,7 @@
 //! The same seed gives the same story, step for step; a failure names the seed, the step and how to replay it.
 
 pub mod aim;
+pub mod byte_client;
 pub mod changes;
 pub mod checkers;
 pub mod client;
@@ -38,6 +40,8 @@ pub mod rng;
 pub mod runner;
 pub mod running;
 pub mod script;
+pub mod session_io;
+pub mod sessions;
 pub mod setup;
 pub mod site;
 pub mod world;

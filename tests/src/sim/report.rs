@@ -153,6 +153,7 @@ impl Sometimes {
         self.load_errors += other.load_errors;
         self.epochs += other.epochs;
         self.regions = self.regions.max(other.regions);
+        self.sessions.add(&other.sessions);
     }
 }
 
@@ -204,4 +205,46 @@ pub struct Sometimes {
     pub epochs: u64,
     /// Most regions opened in one life.
     pub regions: u64,
+    /// What sessions of the byte door met.
+    pub sessions: SessionsSeen,
+}
+
+/// Things that should happen to some session or other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SessionsSeen {
+    /// Sessions begun.
+    pub begun: u64,
+    /// Completions.
+    pub completions: u64,
+    /// Sessions whose client was gone, that were told to end, whose client broke the rules.
+    pub ends: [u64; 3],
+    /// Of the first: what they had submitted was not all carried out, as it would have waited for another session.
+    pub cut_short: u64,
+    /// Requests that named a ticket of a session that was over.
+    pub cancelled: u64,
+    /// Changes that asked for no completion and failed.
+    pub silent_failures: u64,
+    /// Barriers.
+    pub barriers: u64,
+    /// Rounds that ended with a submission that waits for another session.
+    pub held: u64,
+    /// Rounds that ended without room for another completion.
+    pub full: u64,
+    /// Clients that waited for each other.
+    pub gave_up: u64,
+}
+
+impl SessionsSeen {
+    fn add(&mut self, other: &SessionsSeen) {
+        self.begun += other.begun;
+        self.completions += other.completions;
+        (0..3).for_each(|i| self.ends[i] += other.ends[i]);
+        self.cut_short += other.cut_short;
+        self.cancelled += other.cancelled;
+        self.silent_failures += other.silent_failures;
+        self.barriers += other.barriers;
+        self.held += other.held;
+        self.full += other.full;
+        self.gave_up += other.gave_up;
+    }
 }

@@ -113,6 +113,15 @@ impl fmt::Display for Totals {
              damaged arenas whose end was given up",
             r.probes_refused, r.probes_survived, r.last_groups_given_up, r.arena_shorter
         )?;
+        let b = &s.sessions;
+        let [gone, told, broken] = b.ends;
+        writeln!(
+            f,
+            "  {} sessions of byte devices, {} completions, {} barriers: {gone} clients died ({} of them, waited for), {told} \
+             sessions were told to end, {broken} broken; {} left submissions that would have waited, {} requests waited in \
+             vain, {} silent failures",
+            b.begun, b.completions, b.barriers, b.gave_up, b.cut_short, b.cancelled, b.silent_failures
+        )?;
         let (slowest, seed) = self.slowest;
         writeln!(f, "  {} volumes grown, {} doors closed and opened", r.resizes, r.reattaches)?;
         write!(f, "  the slowest world took {slowest:.1} s: seed {seed}")

@@ -9,7 +9,7 @@ use tidegate_driver::base::{RegionSeq, VolumeId};
 use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::{Done, Op, Memory, OpKind, Target};
+use tidegate_driver::io::{Done, Memory, Op, OpKind, Target};
 use tidegate_driver::recovery::Opened;
 use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
@@ -30,21 +30,26 @@ use super::memory;
 use super::model::Model;
 use super::report::Sometimes;
 use super::script::{self, Do};
+use super::sessions::{Seat, Sessions};
 use super::site::{Flag, Site, Stop, disk_of};
 
 /// A door and its client.
 pub(super) struct SimDoor {
-    door: VolumeDoor,
-    volume: usize,
-    woken: Arc<Flag>,
-    /// Whether `batch_end` is due.
-    gathered: bool,
+    pub(super) door: VolumeDoor,
+    pub(super) volume: usize,
+    pub(super) woken: Arc<Flag>,
+    /// Whether `batch_end` is due, or a round of the session's thread.
+    pub(super) gathered: bool,
+    /// When the session's thread looks at its rings again without being woken.
+    pub(super) look_ns: Option<u64>,
     pub(super) asked: BTreeMap<u32, Asked>,
-    next_ns: u64,
+    pub(super) next_ns: u64,
+    /// It is for sessions.
+    pub(super) seat: Option<Seat>,
 }
 
 impl SimDoor {
-    fn new(shared: &Arc<Shared>, of: &Arc<VolumeShared>, volume: usize, id: u32) -> SimDoor {
+    pub(super) fn new(shared: &Arc<Shared>, of: &Arc<VolumeShared>, volume: usize, id: u32) -> SimDoor {
         let id = DoorId(id);
         let woken = Arc::new(Flag::default());
         let mailbox = shared.add_door(id, woken.clone());
@@ -53,19 +58,22 @@ impl SimDoor {
             volume,
             woken,
             gathered: false,
+            look_ns: None,
             asked: BTreeMap::new(),
             next_ns: 0,
+            seat: None,
         }
     }
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Event {
+pub(super) enum Event {
     Finish(usize),
     Wake(usize),
     BatchEnd(usize),
     Background,
     Ask(usize),
+    Look(usize),
 }
 
 /// A server.
@@ -78,9 +86,10 @@ pub struct Running {
     pub(super) flights: Vec<Flight>,
     /// The superblock as it is on the stage.
     pub superblock: Superblock,
-    acks: Vec<(AckLevel, OnLogError)>,
-    volumes: Vec<Arc<VolumeShared>>,
-    next_door: u32,
+    pub(super) acks: Vec<(AckLevel, OnLogError)>,
+    pub(super) volumes: Vec<Arc<VolumeShared>>,
+    pub(super) next_door: u32,
+    pub(super) sessions: Sessions,
     /// How clients behave; `None`: they ask nothing new.
     pub habits: Option<Habits>,
     /// Requests that are to be asked again, per volume.
@@ -95,9 +104,9 @@ pub struct Running {
     liveness: Liveness,
     bounds: Bounds,
     says: Status,
-    payload_max: u64,
-    had_faults: bool,
-    requests: u64,
+    pub(super) payload_max: u64,
+    pub(super) had_faults: bool,
+    pub(super) requests: u64,
 }
 
 impl Running {
@@ -163,6 +172,7 @@ impl Running {
             bounds: Bounds::default(),
             says: Status::default(),
             had_faults: false,
+            sessions: Sessions::default(),
             requests: 0,
         }
     }
@@ -176,7 +186,7 @@ impl Running {
     /// Whether a request has no answer yet, or is still to be asked.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
-        !self.again.is_empty() || self.doors.iter().any(|d| !d.asked.is_empty())
+        !self.again.is_empty() || self.doors.iter().any(|d| !d.asked.is_empty()) || self.sessions_wait()
     }
 
     /// Lets one thing happen. `Ok(false)`: nothing can happen any more.
@@ -199,6 +209,9 @@ impl Running {
                 let of_background = self.flights.iter().filter(|f| f.owner == Owner::Background).count();
                 self.bounds.check(&self.shared.core.lock(), of_background, self.log_writes())?;
                 return Ok(true);
+            }
+            if self.sessions_rest(site)? {
+                continue;
             }
             let Some(next) = self.next_ns() else {
                 if self.is_waiting() {
@@ -242,7 +255,7 @@ impl Running {
         let of = |(i, door): (usize, &SimDoor)| -> Vec<String> {
             door.asked.values().map(|a| format!("door {i} {:?} lsn {:?}", a.request, a.lsn)).collect()
         };
-        self.doors.iter().enumerate().flat_map(of).collect()
+        self.doors.iter().enumerate().flat_map(of).chain(self.sessions_waiting()).collect()
     }
 
     /// What still goes on in a life that should have ended, for people.
@@ -271,12 +284,13 @@ impl Running {
             if door.woken.is_set() {
                 events.push(Event::Wake(i));
             }
-            if door.gathered {
+            if door.gathered || door.look_ns.is_some_and(|at| at <= now) {
                 events.push(Event::BatchEnd(i));
             }
             if self.may_ask(i) && door.next_ns <= now {
                 events.push(Event::Ask(i));
             }
+            events.extend(self.looks(i).then_some(Event::Look(i)));
         }
         if self.background_woken.is_set() || self.deadline_ns.is_some_and(|at| at <= now) {
             events.push(Event::Background);
@@ -284,21 +298,28 @@ impl Running {
         events
     }
 
-    fn may_ask(&self, door: usize) -> bool {
-        let door = &self.doors[door];
+    fn may_ask(&self, i: usize) -> bool {
+        let door = &self.doors[i];
+        if door.seat.is_some() {
+            return self.may_submit(i);
+        }
         let depth = self.habits.map_or(4, |h| h.depth) as usize;
         let again = self.again.iter().any(|a| a.volume == door.volume);
         (again && door.asked.len() < 64)
             || (self.habits.is_some() && self.quota > 0 && door.asked.len() < depth)
     }
 
-    fn next_ns(&self) -> Option<u64> {
+    pub(super) fn next_ns(&self) -> Option<u64> {
         let flights = self.flights.iter().map(|f| f.ready_ns);
         let asks = (0..self.doors.len()).filter(|&i| self.may_ask(i)).map(|i| self.doors[i].next_ns);
-        flights.chain(asks).chain(self.deadline_ns).min()
+        let looks = self.doors.iter().filter_map(|door| door.look_ns);
+        flights.chain(asks).chain(looks).chain(self.deadline_ns).min()
     }
 
     fn handle(&mut self, event: Event, now: u64, site: &Site<'_>, model: &mut Model) -> Result<(), Stop> {
+        if let Some(told) = self.session_event(event, now, site, model) {
+            return told;
+        }
         match event {
             Event::Finish(i) => self.finish(i, now, site, model),
             Event::Wake(i) => {
@@ -313,7 +334,7 @@ impl Running {
                 self.background_woken.take();
                 self.step_background(now, site)
             }
-            Event::Ask(i) => self.ask(i, now, site, model),
+            Event::Ask(i) | Event::Look(i) => self.ask(i, now, site, model),
         }
     }
 
@@ -426,7 +447,7 @@ impl Running {
         Ok(())
     }
 
-    fn submit(&mut self, owner: Owner, op: Op, now: u64, site: &Site<'_>) {
+    pub(super) fn submit(&mut self, owner: Owner, op: Op, now: u64, site: &Site<'_>) {
         let disk = disk_of(site, op.target);
         if op.kind != OpKind::Sync {
             disk.check_aligned(op.offset, op.len);
@@ -459,6 +480,7 @@ impl Running {
         );
         let done = Done { token: flight.op.token, result, memory: flight.op.memory };
         match flight.owner {
+            Owner::Door(d) if self.doors[d].seat.is_some() => self.session_op(d, done, now, site, model),
             Owner::Door(d) => {
                 if let (Memory::Client { index, .. }, Ok(())) = (&done.memory, result) {
                     let tag = u32::from(*index);
@@ -477,7 +499,9 @@ impl Running {
 
     /// Closes a door of `volume` that has nothing to do, and opens another. Returns whether there was one.
     pub fn reattach(&mut self, volume: usize) -> bool {
-        let idle = |d: &SimDoor| d.volume == volume && d.asked.is_empty() && !d.gathered && !d.door.is_busy();
+        let idle = |d: &SimDoor| {
+            d.volume == volume && d.seat.is_none() && d.asked.is_empty() && !d.gathered && !d.door.is_busy()
+        };
         let Some(at) = self.doors.iter().position(idle) else { return false };
         if self.doors[at].woken.is_set() {
             return false;
@@ -515,6 +539,7 @@ impl Running {
     /// A volume has grown.
     pub fn set_size(&mut self, volume: usize, size_bytes: u64) {
         self.volumes[volume].size_bytes.store(size_bytes, Ordering::Release);
+        self.doors.iter().filter(|d| d.volume == volume && d.seat.is_some()).for_each(|d| d.woken.wake());
     }
 
     /// Begins to flush everything; `Running::checkpoint` tells when it is done.
@@ -571,6 +596,7 @@ impl Running {
             load_errors: self.says.load_errors,
             epochs: self.background.status.epochs,
             regions: core.ring().open_seq().0 - self.first_region,
+            sessions: self.sessions_seen(),
         }
     }
 

@@ -88,6 +88,9 @@ pub struct World {
     pub(super) old_disks: Vec<Saved>,
     /// Chance of what is aimed: worlds without an aim are as they would be without it.
     pub(super) aims: Rng,
+    /// Chance of which volumes are byte devices, and whether any ever are: worlds without are as they would be.
+    pub(super) sessions: Rng,
+    pub(super) has_sessions: bool,
     /// What this life is led up to.
     pub(super) aim: Option<Aim>,
     /// Whether this is the second life of its aim.
@@ -131,6 +134,7 @@ impl World {
             volumes.push((backing.visible(0, size_bytes as usize), backing.discards));
             backings.push(backing);
         }
+        let (has_sessions, sessions) = World::sessions_of(options.seed);
         let doors = (0..volume_count).map(|_| rng.range(1, 3) as usize).collect();
         let mut control = lock(ctl);
         control.step = 0;
@@ -162,6 +166,8 @@ impl World {
             last_crash: None,
             old_disks: Vec::new(),
             aims: Rng::new(options.seed, 30),
+            sessions,
+            has_sessions,
             aim: None,
             is_second: false,
             habits: None,

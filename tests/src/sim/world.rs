@@ -321,6 +321,7 @@ impl World {
             }
         }
         self.running = Some(Running::start(opened, &site_of!(self), &self.doors));
+        self.attach_bytes();
         Ok(())
     }
 
@@ -410,6 +411,8 @@ impl World {
     /// As `Engine::close` does it.
     fn close(&mut self) -> Result<(), Stop> {
         self.until("every request is answered", |r| !r.is_waiting())?;
+        self.running.as_mut().expect("open").close_gates();
+        self.until("every session is over", |r| !r.has_sessions())?;
         let end = self.running.as_mut().expect("open").make_durable();
         self.until("everything is durable", |r| r.durable() >= end && !r.is_busy())?;
         let running = self.running.as_ref().expect("open");

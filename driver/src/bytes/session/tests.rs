@@ -416,4 +416,25 @@ fn what_is_written_to_the_memory_of_a_client_that_is_gone_does_not_count() {
     assert_eq!(session.take(), Next::Nothing);
     memory.word(SUBMISSION_TAIL).store(u64::MAX, Ordering::Release);
     assert_eq!(session.take(), Next::Nothing);
+    assert!(session.may_sleep(false), "there is nothing in the ring that counts");
+}
+
+#[test]
+fn a_client_that_is_gone_does_not_end_its_session_with_completions_that_it_did_not_take() {
+    let (mut session, memory, layout, _) = session();
+    for number in 0..8 {
+        put(&memory, &layout, number, &image(Operation::Write, number));
+    }
+    for lsn in 1..=8 {
+        let Next::Request(request) = session.take() else { panic!("its turn") };
+        session.placed(request.tag, Lsn(lsn));
+    }
+    session.tell(progress_at(Lsn(8), Lsn(0)));
+    put(&memory, &layout, 8, &image(Operation::Write, 8));
+    session.client_is_gone();
+    memory.word(COMPLETION_HEAD).store(u64::MAX, Ordering::Release);
+    assert_eq!(session.take(), Next::Full, "the door has as much as it may have");
+    assert!(session.may_sleep(false));
+    session.complete(0, Ok(()));
+    assert!(matches!(session.take(), Next::Request(_)), "it was submitted before");
 }

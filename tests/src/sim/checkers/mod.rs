@@ -9,6 +9,7 @@
 //! | `devices` | P3, P7: damaged, old and wrong devices are refused, with nothing written, or harmless |
 //! | `bounds` | P6: memory, space and operations in flight are bounded; cursors are in order |
 //! | `status` | P7: what a server says of itself is what its disks did |
+//! | `sessions` | B1–B5, B7, B8: what the sessions of the byte door promise |
 //! | `liveness` | something can always happen while a request waits; nothing spins |
 
 pub mod answers;
@@ -17,4 +18,5 @@ pub mod devices;
 pub mod liveness;
 pub mod prefix;
 pub mod reads;
+pub mod sessions;
 pub mod status;
