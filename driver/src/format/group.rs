@@ -21,7 +21,7 @@
 //! - valid groups behind the log's end that prove nothing of it were in flight with the torn one when power failed. None of
 //!   their records was acknowledged as durable; they are given up.
 //!
-//! The first group of a region, whose header is written with it, is in flight alone.
+//! The first group of a region, whose header is written with it, begins when everything before it is durable.
 //!
 //! A group is valid if and only if its header's checksum and magic match, region, group sequence and first LSN are the
 //! expected ones, its length is a multiple of the block and stays in the region, its incarnation is current for its

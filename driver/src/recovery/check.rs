@@ -4,7 +4,7 @@
 //!
 //! | finding | is |
 //! |---|---|
-//! | what a crash explains: a torn last group, a torn checkpoint, patch zone or table | a note |
+//! | what a crash explains: torn last groups, a torn checkpoint, patch zone or table | a note |
 //! | everything else that is not as its rule of validity says | a problem |
 //! | not a stage, a device that cannot be read or has shrunk, a newer format | an error: it could not be checked |
 //!
@@ -13,6 +13,7 @@
 mod log;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 use std::collections::BTreeMap;
 
@@ -97,7 +98,7 @@ pub struct CheckReport {
     pub records: u64,
     /// Payload bytes of those.
     pub payload_bytes: u64,
-    /// Bytes of a last group that was cut short.
+    /// Bytes of groups that were in flight when the log was cut short.
     pub torn_bytes: u64,
     /// Block images that the next attach restores to backings.
     pub pending_patches: u64,

@@ -4,8 +4,8 @@
 //! | what is found at the place of the next group | and behind it | judgement |
 //! |---|---|---|
 //! | a valid group | – | part of the log |
-//! | no valid group | nothing newer | end of the log; a torn last group was never acknowledged and is given up |
-//! | no valid group | a group with a higher number | damage: the invalid one was durable once |
+//! | no valid group | nothing that proves it | end of the log; groups that were in flight are given up |
+//! | no valid group | a group that proves it | damage: the invalid one was durable once |
 //! | – (a whole region is missing) | a newer region | damage, unless the region was flushed |
 //!
 //! | end of the log | superblock, checkpoint, labels | judgement |
@@ -15,7 +15,8 @@
 //! | below a backing's label | – | the stage is an old copy |
 //! | – | a label below the checkpoint's entry | the backing is an old copy |
 //!
-//! Known limit: of the last group, and only of that, damage cannot be told from tearing by the log alone.
+//! Known limit: of the last group, and of the one that was in flight with it, damage cannot be told from tearing by the log
+//! alone.
 
 pub mod check;
 pub mod inspect;

@@ -5,13 +5,12 @@ use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, Geometry, checkpoint_offset};
-use crate::format::group::Group;
 use crate::format::record::RecordKind;
 use crate::format::region::{FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo};
 use crate::format::superblock::Superblock;
 use crate::io::Disk;
 use crate::stage::ring::{RegionState, TableState};
-use crate::stage::walk::{Expected, Placed, Rules, later_group, whole_group};
+use crate::stage::walk::{Expected, Placed, Rules, later_group, remains, whole_group};
 use zerocopy::FromBytes;
 
 /// How much of a region's end is read at once in the hope that it holds the whole table.
@@ -47,7 +46,7 @@ pub struct ScannedLog {
     pub next_lsn: Lsn,
     /// Sequence number after the last group.
     pub next_group_seq: u64,
-    /// Bytes of a last group that is not whole.
+    /// Bytes of groups that were in flight when the log was cut short.
     pub torn_bytes: u64,
     /// Regions read by their table.
     pub by_table: u64,
@@ -304,9 +303,8 @@ impl Scanner<'_> {
             return Err(self.damaged(start.seq, 0, &what));
         }
         log.by_scan += 1;
-        log.torn_bytes = Group::decode(&image[from as usize..], self.rules.salt)
-            .filter(|group| group.region == start.seq && group.group_seq == first)
-            .map_or(0, |group| u64::from(group.group_bytes));
+        let expected = Expected { region: start.seq, group_seq: first, first_lsn: start.first_lsn };
+        log.torn_bytes = u64::from(remains(&image, from, expected, &self.rules));
         image.truncate(from as usize);
         log.tail_image = image;
         Ok(RegionState {
@@ -415,11 +413,7 @@ impl Scanner<'_> {
                     format!("group {seq} is invalid, but group {} at offset {at} exists", group.group_seq);
                 return Err(self.damaged(start.seq, walked.data_end, &what));
             }
-            log.torn_bytes = image
-                .get(walked.data_end as usize..)
-                .and_then(|bytes| Group::decode(bytes, self.rules.salt))
-                .filter(|group| group.region == start.seq && group.group_seq == seq)
-                .map_or(0, |group| u64::from(group.group_bytes));
+            log.torn_bytes = u64::from(remains(&image, walked.data_end, walked.next, &self.rules));
             image.truncate(walked.data_end as usize);
             log.tail_image = image;
         }

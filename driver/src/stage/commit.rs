@@ -77,10 +77,16 @@ impl Committer {
         self.begun.back().map_or(self.durable, |(group, _)| group.last_lsn())
     }
 
-    /// Whether the last write of a group failed and was not begun again yet.
+    /// Whether a group in flight has failed and was not begun again yet.
     #[must_use]
     pub fn has_failed(&self) -> bool {
-        self.begun.iter().any(|(_, state)| *state == State::Failed)
+        self.first_failed().is_some()
+    }
+
+    /// LSN of the first record that such a group holds.
+    #[must_use]
+    pub fn first_failed(&self) -> Option<Lsn> {
+        self.begun.iter().find(|(_, state)| *state == State::Failed).map(|(group, _)| group.first_lsn)
     }
 
     /// How many groups before the group `group_seq`, which has begun, are not known to be durable.

@@ -393,10 +393,11 @@ impl Core {
     fn log_failed(&mut self) {
         self.counters.log_errors += 1;
         // Requests whose volume prefers errors are told; their records stay and are written when the device works again,
-        // which is within what a failed write may do.
+        // which is within what a failed write may do. What another write in flight carries is not concerned.
+        let Some(first_failed) = self.committer.first_failed() else { return };
         let outcomes = &mut self.outcomes;
         self.durable_waits.retain(|wait| {
-            let fail = wait.ack.on_log_error == OnLogError::Fail;
+            let fail = wait.ack.on_log_error == OnLogError::Fail && wait.lsn >= first_failed;
             if fail {
                 let (door, tag) = (wait.ack.door, wait.ack.tag);
                 outcomes.push(Outcome::Complete { door, tag, result: Err(Errno::EIO) });

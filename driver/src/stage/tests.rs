@@ -307,6 +307,44 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
     assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");
 }
 
+/// Two groups are in flight, the second fails: who waits for the first is told nothing, for its write is under way.
+#[test]
+fn a_failed_group_does_not_fail_the_one_before_it() {
+    use crate::io::Errno;
+    let mut core = core();
+    let mut outcomes = Vec::new();
+    let mut groups = Vec::new();
+    // What a write takes is learned from one; the two after it begin one right after the other, the time standing still.
+    for (tag, now_ns) in [(0, 0), (1, 5000), (2, 5000)] {
+        let Claim::Slot(slot) = core.claim(DoorId(1), tag, 100, OnLogError::Fail) else {
+            panic!("there is room")
+        };
+        let record = record(&slot);
+        let ack = Ack { door: DoorId(1), tag, durable: true, on_log_error: OnLogError::Fail };
+        core.publish(slot, record, Some(ack));
+        core.pump_commit(now_ns);
+        core.take_outcomes(&mut outcomes);
+        groups.extend(
+            outcomes.drain(..).filter_map(|o| if let Outcome::WriteLog(g) = o { Some(g) } else { None }),
+        );
+        if tag == 0 {
+            core.log_written(groups[0].group_seq, Ok(()), 1000);
+        }
+    }
+    assert_eq!(groups.len(), 3, "the last two are in flight together");
+    outcomes.clear();
+    core.log_written(groups[2].group_seq, Err(Errno::EIO), 6000);
+    core.log_written(groups[1].group_seq, Ok(()), 6000);
+    core.take_outcomes(&mut outcomes);
+    let told: Vec<(u32, bool)> = outcomes
+        .iter()
+        .filter_map(|o| {
+            if let Outcome::Complete { tag, result, .. } = o { Some((*tag, result.is_ok())) } else { None }
+        })
+        .collect();
+    assert_eq!(told, [(2, false), (1, true)]);
+}
+
 /// The state of a group in the model of [`groups_become_durable_in_order`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {

@@ -10,7 +10,7 @@ use zerocopy::FromBytes;
 
 use crate::base::{Lsn, RegionSeq};
 use crate::format::group::{GROUP_HEADER_BYTES, Group, RecordsDigest};
-use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordHeader, record_bytes};
+use crate::format::record::{RECORD_ALIGN, RECORD_HEADER_BYTES, Record, RecordHeader, record_bytes};
 
 /// A record and the offset of its header within its region.
 pub type Placed = (u32, Record);
@@ -144,6 +144,26 @@ pub fn later_group(
     })
 }
 
+/// Looks from block `from` on for the first group of this region above `group_seq` and not above `last_seq`, whatever it
+/// proves.
+#[must_use]
+pub fn next_group(
+    image: &[u8],
+    from: u32,
+    region: RegionSeq,
+    (group_seq, last_seq): (u64, u64),
+    rules: &Rules,
+) -> Option<(u32, Group)> {
+    (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
+        Group::decode(&image[at as usize..], rules.salt)
+            .filter(|g| g.region == region && g.group_seq > group_seq && g.group_seq <= last_seq)
+            .filter(|g| {
+                g.group_seq < rules.incarnation_group_seq || g.incarnation == rules.incarnation as u32
+            })
+            .map(|g| (at, g))
+    })
+}
+
 /// A run of records found in the arena behind the end of the log: one group as the previous server had laid it out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ArenaGroup {
@@ -221,4 +241,28 @@ pub fn visit_headers(
         expected.first_lsn = group.first_lsn.plus(u64::from(group.record_count));
     }
     true
+}
+
+/// How many bytes from `from` on are recognisable as written by the current incarnation for what should come next.
+#[must_use]
+pub fn remains(image: &[u8], from: u32, expected: Expected, rules: &Rules) -> u32 {
+    let mut end = u64::from(from);
+    for at in (from..image.len() as u32).step_by(RECORD_ALIGN as usize) {
+        let bytes = &image[at as usize..];
+        if let Some(group) = Group::decode(bytes, rules.salt)
+            && group.region == expected.region
+            && group.group_seq >= expected.group_seq
+            && group.incarnation == rules.incarnation as u32
+        {
+            end = end.max(u64::from(at) + u64::from(group.group_bytes));
+        }
+        if let Some(record) = Record::decode(bytes, rules.salt, expected.region)
+            && record.lsn >= expected.first_lsn
+            && rules.admits(&record)
+        {
+            let len = u64::from(RECORD_HEADER_BYTES) + u64::from(record.payload_bytes);
+            end = end.max(u64::from(at) + len);
+        }
+    }
+    (align_up(end, u64::from(rules.block_bytes)).min(image.len() as u64) - u64::from(from)) as u32
 }

@@ -19,6 +19,7 @@ use super::request::{Door, DoorIo, Request, RequestKind};
 use super::shared::{Mailbox, Shared, log_write_of};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
+use crate::base::patience::Patience;
 use crate::base::units::{align_down, align_up};
 use crate::base::{ByteRange, Lsn, VolumeId};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
@@ -100,6 +101,8 @@ pub struct VolumeDoor {
     /// Log writes of this door in flight.
     log_writes: u32,
     gather: Gather,
+    /// Whether the backing takes clients' memory.
+    direct: Patience,
     outcomes: Vec<Outcome>,
     own: Vec<Outcome>,
     pieces: Vec<ReadPiece>,
@@ -134,6 +137,7 @@ impl VolumeDoor {
             jobs: Vec::new(),
             log_writes: 0,
             gather: Gather::default(),
+            direct: Patience::default(),
             outcomes: Vec::with_capacity(64),
             own: Vec::with_capacity(64),
             pieces: Vec::with_capacity(16),
@@ -393,10 +397,10 @@ impl VolumeDoor {
     }
 
     /// The client's memory, if the backing can be read straight into it.
-    fn direct_memory<IO: DoorIo>(&self, request: &Request, io: &IO) -> Option<Memory> {
+    fn direct_memory<IO: DoorIo>(&mut self, request: &Request, io: &IO) -> Option<Memory> {
         let block = u64::from(self.volume.backing_block_bytes);
         let aligned = request.offset.is_multiple_of(block) && request.len.is_multiple_of(block);
-        if aligned { io.client_memory(request.tag) } else { None }
+        if aligned && self.direct.attempts() { io.client_memory(request.tag) } else { None }
     }
 
     fn read_of_backing(&self, tag: u32, range: ByteRange, memory: Memory) -> Op {
@@ -440,11 +444,13 @@ impl VolumeDoor {
     fn read_done<IO: DoorIo>(&mut self, tag: u32, result: Result<(), Errno>, memory: Memory, io: &mut IO) {
         if let Job::ReadDirect(request) = self.jobs[tag as usize] {
             if result.is_ok() {
+                self.direct.paid();
                 return self.finish(tag, result, io);
             }
-            // The device may not like the client's memory; what else is wrong shows again.
-            let range = ByteRange::at(request.offset, request.len);
-            return self.read_backing(request, &mut [ReadPiece { range, source: ReadSource::Backing }], io);
+            // The device may not like the client's memory; what else is wrong shows again. At least the next read is not
+            // direct, which is this one unless it has to wait for a buffer.
+            self.direct.in_vain();
+            return self.read(request, io);
         }
         let Job::ReadBacking { request, hull, pieces } = &mut self.jobs[tag as usize] else {
             panic!("no read of the backing is in flight for request {tag}")

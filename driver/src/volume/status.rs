@@ -117,7 +117,7 @@ pub struct RecoveryReport {
     pub records_from_log: u64,
     /// Records found only in the arena.
     pub records_from_arena: u64,
-    /// Bytes of an unfinished last group that were ignored (normal after a power cut).
+    /// Bytes of groups that were in flight and were ignored (normal after a power cut).
     pub torn_bytes: u64,
     /// Regions whose table was read.
     pub regions_by_table: u64,

@@ -9,16 +9,21 @@
 //! | `LabelTwice` | killed with a label in a cache | power is cut while it writes its first label |
 //! | `LabelForgotten` | killed after a sync that failed and left a label for readers alone | likewise |
 
+use std::sync::atomic::Ordering;
+
+use tidegate_driver::base::RegionSeq;
 use tidegate_driver::format::geometry::{CHECKPOINTS_OFFSET, PATCH_OFFSET};
 use tidegate_driver::format::group::GROUP_HEADER_BYTES;
 use tidegate_driver::format::record::RECORD_HEADER_BYTES;
 use tidegate_driver::io::{Disk, Errno, OpKind, Target};
+use tidegate_driver::volume::shared::log_write_of;
 
 use super::client::Habits;
 use super::disk::{Moment, SyncFailure, lock};
 use super::flight::Flight;
 use super::report::CrashKind;
 use super::rng::Rng;
+use super::running::Running;
 use super::setup::World;
 use super::site::{Site, disk_of};
 
@@ -179,4 +184,32 @@ pub fn spring(flight: &Flight, site: &Site<'_>) -> Option<Errno> {
     ctl.faults_injected += 1;
     ctl.crash_at = ctl.step + ctl.rng.below(steps);
     errno
+}
+
+impl Running {
+    /// Whether what a crash is to interrupt is going on.
+    pub(super) fn is_moment(&self, moment: Moment) -> bool {
+        let on_stage = |f: &Flight| f.op.target == Target::Stage;
+        self.flights.iter().any(|f| match moment {
+            Moment::Any => true,
+            Moment::LogWrite => on_stage(f) && log_write_of(f.op.token).is_some(),
+            Moment::RegionBegins => {
+                let in_regions = f.op.offset.checked_sub(self.shared.geometry.region_offset(RegionSeq(1)));
+                let region_bytes = u64::from(self.shared.geometry.region_bytes);
+                on_stage(f)
+                    && log_write_of(f.op.token).is_some()
+                    && in_regions.is_some_and(|at| at.is_multiple_of(region_bytes))
+            }
+            Moment::StageWrite => on_stage(f) && log_write_of(f.op.token).is_none(),
+            Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
+            Moment::Label => match f.op.target {
+                Target::Stage => false,
+                Target::Backing(id) => {
+                    let size = &self.volumes[usize::from(id.0) - 1].size_bytes;
+                    !f.data.is_empty() && f.op.offset >= size.load(Ordering::Acquire)
+                }
+            },
+            Moment::Sync => f.op.kind == OpKind::Sync,
+        }) || moment == Moment::Any
+    }
 }

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tidegate_driver::base::{RegionSeq, VolumeId};
+use tidegate_driver::base::VolumeId;
 use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::{Done, Memory, Op, OpKind, Target};
+use tidegate_driver::io::{Done, Memory, Op, OpKind};
 use tidegate_driver::recovery::Opened;
 use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
@@ -23,7 +23,7 @@ use super::checkers::bounds::Bounds;
 use super::checkers::liveness::Liveness;
 use super::checkers::status::Status;
 use super::client::Habits;
-use super::disk::{Moment, lock};
+use super::disk::lock;
 use super::door_io::{Asked, Io};
 use super::flight::{Flight, Owner, execute};
 use super::memory;
@@ -222,32 +222,6 @@ impl Running {
             self.liveness.waits(now, next)?;
             site.clock.0.store(next.max(now), Ordering::Relaxed);
         }
-    }
-
-    /// Whether what a crash is to interrupt is going on.
-    fn is_moment(&self, moment: Moment) -> bool {
-        let on_stage = |f: &Flight| f.op.target == Target::Stage;
-        self.flights.iter().any(|f| match moment {
-            Moment::Any => true,
-            Moment::LogWrite => on_stage(f) && log_write_of(f.op.token).is_some(),
-            Moment::RegionBegins => {
-                let in_regions = f.op.offset.checked_sub(self.shared.geometry.region_offset(RegionSeq(1)));
-                let region_bytes = u64::from(self.shared.geometry.region_bytes);
-                on_stage(f)
-                    && log_write_of(f.op.token).is_some()
-                    && in_regions.is_some_and(|at| at.is_multiple_of(region_bytes))
-            }
-            Moment::StageWrite => on_stage(f) && log_write_of(f.op.token).is_none(),
-            Moment::BackingWrite => !on_stage(f) && !f.data.is_empty(),
-            Moment::Label => match f.op.target {
-                Target::Stage => false,
-                Target::Backing(id) => {
-                    let size = &self.volumes[usize::from(id.0) - 1].size_bytes;
-                    !f.data.is_empty() && f.op.offset >= size.load(Ordering::Acquire)
-                }
-            },
-            Moment::Sync => f.op.kind == OpKind::Sync,
-        }) || moment == Moment::Any
     }
 
     /// The requests without an answer, for people.

@@ -347,7 +347,8 @@ impl Running {
         Ticket::new(number, (newest - back.min(newest) + ahead).max(1))
     }
 
-    /// Nothing can happen now: every thread that sleeps has told its client what it knows. Whether somebody gave up, so that something can.
+    /// Nothing can happen now: every thread that sleeps has told its client what it knows. Whether somebody gave up, so that
+    /// something can.
     pub(super) fn sessions_rest(&mut self, site: &Site<'_>) -> Result<bool, String> {
         let published = self.shared.core.lock().published();
         let is_late = |client: &ByteClient| client.session.waits_for().is_some_and(|lsn| lsn <= published);

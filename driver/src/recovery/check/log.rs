@@ -4,19 +4,18 @@ use std::collections::BTreeMap;
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::walk::{Walk, walk};
 use super::{CheckReport, RESTORE};
 use crate::base::checksum::crc64;
-use crate::base::units::align_up;
 use crate::base::{Lsn, RegionSeq, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::Geometry;
-use crate::format::group::{GROUP_HEADER_BYTES, Group, RecordsDigest};
-use crate::format::record::{RECORD_ALIGN, RECORD_HEADER_BYTES, Record, RecordKind, record_bytes};
+use crate::format::record::RecordKind;
 use crate::format::region::{FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo};
 use crate::format::superblock::Superblock;
 use crate::io::Disk;
-use crate::recovery::scan::rules_of;
-use crate::stage::walk::{Expected, Placed, Rules, group_header, later_group};
+use crate::recovery::scan::{rules_of, walk_region};
+use crate::stage::walk::{Expected, Placed, Rules, later_group, remains};
 
 /// Records of a volume above the checkpoint.
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,9 +49,6 @@ enum Next {
     /// Nothing: it is the last one.
     Nothing,
 }
-
-/// Something wrong at an offset of a region.
-type Fault = (u32, String);
 
 pub(super) struct LogCheck<'a> {
     stage: &'a dyn Disk,
@@ -96,8 +92,7 @@ impl<'a> LogCheck<'a> {
             spoken_needed = Lsn(first.first_lsn.0.saturating_sub(1));
         }
         for _ in 0..self.geometry.region_count {
-            let next = self.next_of(start.seq, first.seq);
-            let end = self.region(start, next);
+            let (end, next) = self.region(start, first.seq);
             self.facts.log_end = Lsn(end.first_lsn.0.saturating_sub(1));
             start = match next {
                 Next::Region(next) => next,
@@ -168,7 +163,7 @@ impl<'a> LogCheck<'a> {
         }
         if self.newest < head.seq {
             // Not begun yet, or begun by a write that was cut short, or without the header it had.
-            if self.goes_on_in(head.seq) {
+            if self.goes_on_in(head.seq, head.first_group_seq) {
                 self.problem(head.seq, 0, "the header of the region is damaged, but the log goes on in it");
             } else {
                 self.not_begun = Some(head.seq);
@@ -198,27 +193,24 @@ impl<'a> LogCheck<'a> {
         Some(first)
     }
 
-    fn next_of(&self, seq: RegionSeq, first: RegionSeq) -> Next {
+    /// What comes behind region `seq` of a log that begins in `first`, where the next group would be `group_seq`.
+    fn next_of(&self, seq: RegionSeq, first: RegionSeq, group_seq: u64) -> Next {
         let Some(next) = seq.0.checked_add(1).map(RegionSeq) else { return Next::Nothing };
         if next.0 - first.0 >= u64::from(self.geometry.region_count) {
             return Next::Nothing;
         }
         match self.at(next) {
             Some(start) => Next::Region(start),
-            None if self.newest > seq || self.goes_on_in(next) => Next::Headless,
+            None if self.newest > seq || self.goes_on_in(next, group_seq) => Next::Headless,
             None => Next::Nothing,
         }
     }
 
-    /// Whether the slot of region `seq`, which has no valid header, holds a group that proves that the first one, and so the
-    /// header, had been durable.
-    fn goes_on_in(&self, seq: RegionSeq) -> bool {
+    /// Whether the slot of region `seq`, which has no valid header, holds a group that proves that the group `group_seq`, which
+    /// would be written with that header, had been durable.
+    fn goes_on_in(&self, seq: RegionSeq, group_seq: u64) -> bool {
         let (image, _) = self.read_region(seq);
-        let block = self.rules.block_bytes;
-        later_group(&image, block, seq, 0, &self.rules).is_some_and(|(at, group)| {
-            (at > block && group.undurable_before == 0)
-                || later_group(&image, at.saturating_add(block), seq, group.group_seq, &self.rules).is_some()
-        })
+        later_group(&image, self.rules.block_bytes, seq, group_seq, &self.rules).is_some()
     }
 
     /// The bytes of a region, zeroes where it cannot be read, and the offsets of those places.
@@ -238,8 +230,8 @@ impl<'a> LogCheck<'a> {
         (image, bad)
     }
 
-    /// Checks a region and returns what should come behind it.
-    fn region(&mut self, start: RegionStart, next: Next) -> Expected {
+    /// Checks a region of a log that begins in `first`, and returns what should come behind it, and what does.
+    fn region(&mut self, start: RegionStart, first: RegionSeq) -> (Expected, Next) {
         let seq = start.seq;
         let (image, unreadable) = self.read_region(seq);
         for offset in unreadable {
@@ -249,6 +241,12 @@ impl<'a> LogCheck<'a> {
         let footer_at = (geometry.region_bytes - FOOTER_BYTES) as usize;
         let (salt, block) = (self.rules.salt, self.rules.block_bytes);
         let table = TableInfo::decode(&image[footer_at..], salt, start, geometry.region_bytes, block);
+        let whole = if self.not_begun == Some(seq) {
+            start.first_group_seq
+        } else {
+            walk_region(&image, start, &self.rules).next.group_seq
+        };
+        let next = self.next_of(seq, first, whole);
         // Groups below this offset were durable once.
         let proven = match next {
             Next::Nothing => table.map_or(0, |t| t.data_end),
@@ -285,7 +283,7 @@ impl<'a> LogCheck<'a> {
             _ => {}
         }
         self.table(start, next, &image, table, &walk);
-        walk.next
+        (walk.next, next)
     }
 
     /// Counts what a walk found and checks what the records say.
@@ -328,7 +326,7 @@ impl<'a> LogCheck<'a> {
         if torn > 0 {
             self.report.torn_bytes = u64::from(torn);
             self.report.notes.push(format!(
-                "the last group, {}, was cut short: {torn} bytes that were never acknowledged as durable are \
+                "the log was cut short at group {}: {torn} bytes that were never acknowledged as durable are \
                  given up (normal after a power cut)",
                 walk.next.group_seq
             ));
@@ -385,202 +383,4 @@ impl<'a> LogCheck<'a> {
         }
         self.report.tables += u64::from(agrees);
     }
-}
-
-/// What was found in a region.
-#[derive(Debug)]
-struct Walk {
-    /// Records with a valid header, with whole payload or not.
-    records: Vec<Placed>,
-    /// Number of those with a whole payload.
-    whole: u64,
-    payload_bytes: u64,
-    groups: u64,
-    faults: Vec<Fault>,
-    /// End of the last group.
-    end: u32,
-    /// What should follow.
-    next: Expected,
-    spoken: Lsn,
-}
-
-impl Walk {
-    fn at_start_of(start: RegionStart, block_bytes: u32) -> Walk {
-        Walk {
-            records: Vec::new(),
-            whole: 0,
-            payload_bytes: 0,
-            groups: 0,
-            faults: Vec::new(),
-            end: block_bytes,
-            next: Expected {
-                region: start.seq,
-                group_seq: start.first_group_seq,
-                first_lsn: start.first_lsn,
-            },
-            spoken: Lsn::ZERO,
-        }
-    }
-
-    fn add(&mut self, found: Content) {
-        self.whole += found.whole;
-        self.payload_bytes += found.payload_bytes;
-        self.records.extend(found.records);
-        self.faults.extend(found.faults);
-    }
-}
-
-/// Walks a region and does not stop at damage as long as something behind it, or below `proven`, is recognisable.
-fn walk(image: &[u8], start: RegionStart, proven: u32, rules: &Rules) -> Walk {
-    let mut walk = Walk::at_start_of(start, rules.block_bytes);
-    let mut search_from = walk.end;
-    loop {
-        let at = walk.end;
-        if let Some(group) = group_header(image, at, walk.next, rules) {
-            let content = read_group(image, at, &group, rules);
-            let later = || later_group(image, at + rules.block_bytes, start.seq, group.group_seq, rules);
-            if !content.faults.is_empty() && at >= proven && later().is_none() {
-                return walk;
-            }
-            walk.groups += u64::from(content.faults.is_empty());
-            walk.add(content);
-            walk.end += group.group_bytes;
-            walk.next.group_seq = walk.next.group_seq.saturating_add(1);
-            walk.next.first_lsn = after(&group);
-            walk.spoken = walk.spoken.max(group.checkpoint_lsn);
-            search_from = walk.end;
-            continue;
-        }
-        let Some((found_at, group)) = later_group(image, search_from, start.seq, walk.next.group_seq, rules)
-        else {
-            return walk;
-        };
-        let what = format!(
-            "group {} is invalid, but group {} at offset {found_at} exists",
-            walk.next.group_seq, group.group_seq
-        );
-        walk.faults.push((at, what));
-        // Its records may still be whole.
-        let lost = Span { from: at.saturating_add(GROUP_HEADER_BYTES), to: found_at };
-        let count = group.first_lsn.0.saturating_sub(walk.next.first_lsn.0);
-        walk.add(read_records(image, lost, walk.next, count, rules));
-        walk.end = found_at;
-        walk.next.group_seq = group.group_seq;
-        walk.next.first_lsn = group.first_lsn;
-        search_from = found_at.saturating_add(rules.block_bytes);
-    }
-}
-
-fn after(group: &Group) -> Lsn {
-    Lsn(group.first_lsn.0.saturating_add(u64::from(group.record_count)))
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    from: u32,
-    to: u32,
-}
-
-#[derive(Debug, Default)]
-struct Content {
-    records: Vec<Placed>,
-    whole: u64,
-    payload_bytes: u64,
-    faults: Vec<Fault>,
-}
-
-/// Reads the records of a group whose header is valid.
-fn read_group(image: &[u8], at: u32, group: &Group, rules: &Rules) -> Content {
-    let end = at + group.group_bytes;
-    let expected = Expected { region: group.region, group_seq: group.group_seq, first_lsn: group.first_lsn };
-    let span = Span { from: at + GROUP_HEADER_BYTES, to: end };
-    let mut content = read_records(image, span, expected, u64::from(group.record_count), rules);
-    if content.faults.is_empty() {
-        let records_end =
-            content.records.last().map_or(span.from, |(o, r)| o + record_bytes(r.payload_bytes));
-        if align_up(u64::from(records_end), u64::from(rules.block_bytes)) != u64::from(end) {
-            let what = format!("group {} is longer than its records", group.group_seq);
-            content.faults.push((at, what));
-        }
-        let digest = |digest: RecordsDigest, (offset, _): &Placed| digest.with(&image[*offset as usize..]);
-        if content.records.iter().fold(RecordsDigest::default(), digest) != group.records_digest {
-            let what = format!("group {} holds other records than it was written with", group.group_seq);
-            content.faults.push((at, what));
-        }
-    }
-    content
-}
-
-/// Reads `count` records in `span`. A payload that is damaged does not hide what follows; behind a header that is,
-/// the next one is looked for.
-fn read_records(image: &[u8], span: Span, expected: Expected, count: u64, rules: &Rules) -> Content {
-    let mut content = Content::default();
-    let image = &image[..image.len().min(span.to as usize)];
-    let mut offset = span.from;
-    let mut lsn = expected.first_lsn.0;
-    let last = lsn.saturating_add(count);
-    while lsn < last {
-        let found = header_at(image, offset, expected.region, rules).filter(|r| r.lsn.0 == lsn);
-        let Some(record) = found else {
-            let what = format!("the header of record {lsn} is invalid");
-            content.faults.push((offset, what));
-            let next = (offset..image.len() as u32).step_by(RECORD_ALIGN as usize).skip(1).find_map(|at| {
-                let record = header_at(image, at, expected.region, rules)?;
-                (record.lsn.0 > lsn && record.lsn.0 < last).then_some((at, record.lsn.0))
-            });
-            let Some((at, found)) = next else { return content };
-            (offset, lsn) = (at, found);
-            continue;
-        };
-        let from = (offset + RECORD_HEADER_BYTES) as usize;
-        let payload = &image[from..from + record.payload_bytes as usize];
-        if crc64(payload) == record.payload_checksum {
-            content.whole += 1;
-            content.payload_bytes += u64::from(record.payload_bytes);
-        } else {
-            let what = format!(
-                "the payload of record {lsn} ({} bytes for volume {}, bytes {}) is damaged",
-                record.payload_bytes, record.volume, record.range
-            );
-            content.faults.push((offset, what));
-        }
-        content.records.push((offset, record));
-        offset += record_bytes(record.payload_bytes);
-        lsn += 1;
-    }
-    content
-}
-
-/// The record header at `offset`, if it is valid and its payload lies within `image`.
-fn header_at(image: &[u8], offset: u32, region: RegionSeq, rules: &Rules) -> Option<Record> {
-    let record =
-        Record::decode(image.get(offset as usize..)?, rules.salt, region).filter(|r| rules.admits(r))?;
-    let end = align_up(
-        u64::from(offset) + u64::from(RECORD_HEADER_BYTES) + u64::from(record.payload_bytes),
-        u64::from(RECORD_ALIGN),
-    );
-    (end <= image.len() as u64).then_some(record)
-}
-
-/// How many bytes from `from` on are recognisable as written by the current incarnation for what should come next.
-fn remains(image: &[u8], from: u32, expected: Expected, rules: &Rules) -> u32 {
-    let mut end = u64::from(from);
-    for at in (from..image.len() as u32).step_by(RECORD_ALIGN as usize) {
-        let bytes = &image[at as usize..];
-        if let Some(group) = Group::decode(bytes, rules.salt)
-            && group.region == expected.region
-            && group.group_seq >= expected.group_seq
-            && group.incarnation == rules.incarnation as u32
-        {
-            end = end.max(u64::from(at) + u64::from(group.group_bytes));
-        }
-        if let Some(record) = Record::decode(bytes, rules.salt, expected.region)
-            && record.lsn >= expected.first_lsn
-            && rules.admits(&record)
-        {
-            let len = u64::from(RECORD_HEADER_BYTES) + u64::from(record.payload_bytes);
-            end = end.max(u64::from(at) + len);
-        }
-    }
-    (align_up(end, u64::from(rules.block_bytes)).min(image.len() as u64) - u64::from(from)) as u32
 }

@@ -172,6 +172,50 @@ fn a_torn_tail_is_a_note() {
     }
 }
 
+/// A region's first group that an earlier recovery gave up is still there when two of the next incarnation are in flight behind
+/// a region that took a group more: the second one proves nothing of the first, and the old one is nothing of this log.
+#[test]
+fn a_given_up_first_group_is_no_beginning() {
+    let mut stage = SampleStage::filled();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    let given_up = stage.regions.pop().unwrap();
+    let at = stage.place(given_up.start.seq, 0);
+    let bytes = stage.disk.bytes()[at as usize..][..1536].to_vec();
+    (stage.next_group, stage.next_lsn) = (given_up.start.first_group_seq, given_up.start.first_lsn);
+    stage.superblock.incarnation += 1;
+    stage.superblock.incarnation_group_seq = stage.next_group;
+    stage.superblock.incarnation_lsn = stage.next_lsn;
+    stage.superblock.sequence += 1;
+    stage.put_superblock();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    stage.undurable_before = 1;
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    stage.disk.zero(at..at + 512);
+    stage.disk.put(at + 512, &bytes[512..]);
+    let report = check_alone(&stage);
+    assert!(report.is_sound(), "{:#?}", report.problems);
+    assert_eq!(report.log_end_lsn, Lsn(37));
+    assert!(!damaged_scan(&stage));
+}
+
+/// The group right behind the damaged one was in flight with it, so that only the one after that proves anything.
+#[test]
+fn behind_damage_every_group_counts() {
+    let mut stage = SampleStage::filled();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    stage.undurable_before = 1;
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    stage.put_group(&[(RecordKind::Write, 1, 0, 700)]);
+    let groups = stage.regions[2].groups.len();
+    stage.disk.flip(stage.regions[2].groups[groups - 3].offset + 20, 1);
+    let report = check_alone(&stage);
+    only_problem(&report, "group 10 is invalid, but group 11");
+    assert_eq!((report.records, report.log_end_lsn), (39, Lsn(39)));
+}
+
 #[test]
 fn a_table_proves_that_the_last_group_was_whole() {
     let mut stage = SampleStage::filled();
