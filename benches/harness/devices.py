@@ -57,12 +57,12 @@ class Rams:
         run("modprobe", "brd", f"rd_nr={count}", f"rd_size={mib * 1024}", "max_part=1")
         self.next = 0
 
-    def take(self, filled=True):
+    def take(self, filled_mib=None):
         """One of them; its pages are made when they are first written, which is not what is measured."""
         device = f"/dev/ram{self.next}"
         self.next += 1
-        if filled:
-            run("dd", "if=/dev/zero", f"of={device}", "bs=4M", "oflag=direct", check=False)
+        count = [] if filled_mib is None else [f"count={filled_mib // 4}"]
+        run("dd", "if=/dev/zero", f"of={device}", "bs=4M", "oflag=direct", *count, check=False)
         return device
 
 
@@ -248,17 +248,17 @@ def fast():
     return ways
 
 
-def caches(backing_of, mib=512, cache_mib=None):
+def caches(backing_of, mib=320, cache_mib=128):
     """Ours and the caches of the kernel, before backings of one kind."""
     for module in ("ublk_drv", "dm-delay", "dm-writecache", "loop"):
         run("modprobe", module)
     rams = Rams(mib)
 
     def cache():
-        device = rams.take()
-        return part(f"cache{rams.next}", device, cache_mib) if cache_mib else device
+        device = rams.take(cache_mib)
+        return part(f"cache{rams.next}", device, cache_mib)
 
-    size = f"{mib - 64}M"
+    size = f"{mib - 4}M"
     return rams, {
         OURS_LOG: Tidegate(cache(), backing_of("log", rams), size, "log"),
         OURS_MEMORY: Tidegate(cache(), backing_of("memory", rams), size, "memory"),
@@ -281,8 +281,8 @@ def slowed():
 
 def filled():
     """Stage and caches of 64 MiB before backings of 50 MB/s and 4,000 requests a second."""
-    _, ways = caches(lambda name, rams: narrow(f"nullb-{name}", 448, 50), 448, 64)
-    return ways | {BARE: Way(narrow("nullb-bare", 448, 50))}
+    _, ways = caches(lambda name, rams: narrow(f"nullb-{name}", 320, 50), 320, 64)
+    return ways | {BARE: Way(narrow("nullb-bare", 320, 50))}
 
 
 def staged():
@@ -306,11 +306,11 @@ def fill_only(way, mib):
 def restarted():
     """A small stage and a large one before a slow disk, to be killed."""
     run("modprobe", "ublk_drv")
-    rams = Rams(1024)
-    small = part("small", rams.take(), 64)
+    rams = Rams(512)
+    small = part("small", rams.take(64), 64)
     ways = {
         "tidegate, stage of 64 MiB": Tidegate(small, narrow("nullb-a", 512, 20), "384M", "log"),
-        "tidegate, stage of 1 GiB": Tidegate(rams.take(), narrow("nullb-b", 2048, 20), "1900M", "log"),
+        "tidegate, stage of 512 MiB": Tidegate(rams.take(), narrow("nullb-b", 1024, 20), "960M", "log"),
     }
     return ways
 
@@ -334,7 +334,7 @@ def sized():
     """Sparse backing files on one xfs."""
     run("modprobe", "ublk_drv")
     rams = Rams(768)
-    disk = rams.take(filled=False)
+    disk = rams.take(0)
     run("mkfs.xfs", "-q", "-f", "-m", "reflink=0", disk)
     os.makedirs("/tmp/files", exist_ok=True)
     run("mount", disk, "/tmp/files")

@@ -24,7 +24,7 @@ class Stand:
     name: str
     make: object
     scenarios: tuple
-    memory_mib: int = 6144
+    memory_mib: int = 4096
     cpus: int = 2
     rounds_max: int = 99
 
@@ -78,14 +78,14 @@ STANDS = (
         Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), SLOW),
     )),
     Stand("full", d.filled, (
-        Scenario("4K randwrite qd32, stage full", Fio("randwrite", depth=32, size="300M", tail=True, second_half=True, longer=4),
+        Scenario("4K randwrite qd32, stage full", Fio("randwrite", depth=32, size="280M", tail=True, second_half=True, longer=4),
                  SLOW),
         Scenario("1M sequential write qd8, stage full",
-                 Fio("write", "1M", 8, size="300M", mb=True, tail=True, second_half=True, longer=4), SLOW),
+                 Fio("write", "1M", 8, size="280M", mb=True, tail=True, second_half=True, longer=4), SLOW),
     )),
     Stand("restart", d.restarted, (
         Scenario("killed, arena lost, small stage", w.recovery, ("tidegate, stage of 64 MiB",)),
-        Scenario("killed, arena lost, large stage", w.recovery, ("tidegate, stage of 1 GiB",)),
+        Scenario("killed, arena lost, large stage", w.recovery, ("tidegate, stage of 512 MiB",)),
     ), rounds_max=5),
     Stand("idle", d.idle, (Scenario("attached and idle", w.quiet, (d.OURS_LOG,)),), rounds_max=1),
     Stand("sizes", d.sized, (
