@@ -22,7 +22,7 @@ use tidegate_driver::volume::shared::{Clock, Shared};
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, VolumeDoor, Wake};
 
 const STAGE_BYTES: u64 = 512 << 20;
-const VOLUME_BYTES: u64 = 64 << 20;
+const VOLUME_BYTES: u64 = 256 << 20;
 const BLOCK: u64 = 4096;
 
 /// A disk in memory.

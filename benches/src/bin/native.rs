@@ -1,7 +1,7 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: native DIR      DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
+//! Usage: native DIR [calls OPERATION N]      DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 
 use std::path::Path;
 use std::time::Instant;
@@ -17,14 +17,42 @@ const VOLUME_BYTES: u64 = 8 << 30;
 const INGEST: &str = "ingest, ack memory, 4096 B records, one door";
 
 fn main() {
-    let Some(dir) = std::env::args().nth(1) else {
-        eprintln!("usage: native DIR");
-        std::process::exit(2);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = match &args[..] {
+        [dir] => measure(Path::new(dir)),
+        [dir, calls, operation, count] if calls == "calls" => {
+            one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
+        }
+        _ => {
+            eprintln!("usage: native DIR | native DIR calls OPERATION N");
+            std::process::exit(2);
+        }
     };
-    if let Err(error) = measure(Path::new(&dir)) {
+    if let Err(error) = done {
         eprintln!("native: {}", error.report());
         std::process::exit(1);
     }
+}
+
+/// One kind of operation, for a tracer to count what it asks of the kernel.
+fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
+    let ack = if operation == "write-log" { AckLevel::Log } else { AckLevel::Memory };
+    let place = Place::new(dir, "calls", 1 << 30, VOLUME_BYTES, ack, false)?;
+    let engine = place.open(None)?;
+    let mut client = LocalClient::new(&engine, VOLUME, 1)?;
+    client.write(0, &[7; 4096])?;
+    for i in 0..count {
+        match operation {
+            "read-staged" => drop(client.read(0, 4096)?),
+            "write-fsync" => {
+                client.write(i * 4096, &[7; 4096])?;
+                client.flush()?;
+            }
+            _ => client.write(i * 4096, &[7; 4096])?,
+        }
+    }
+    drop(client);
+    engine.close(true)
 }
 
 fn measure(dir: &Path) -> Result<()> {
