@@ -42,9 +42,9 @@ class Fio:
         if self.count:
             command.append(f"--number_ios={self.count}")
         else:
-            command += ["--time_based", f"--runtime={seconds / 2 if self.second_half else seconds}"]
+            command += ["--time_based", f"--runtime={int(seconds * (500 if self.second_half else 1000))}ms"]
         if self.second_half:
-            command.append(f"--ramp_time={seconds / 2}")
+            command.append(f"--ramp_time={int(seconds * 500)}ms")
         pid = way.pid() if self.cost else None
         before = cpu_ns(pid) if pid else 0
         out = run(*command, *self.options)
