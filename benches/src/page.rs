@@ -40,8 +40,7 @@ pub fn with_tables(page: &str, rows: &[Row]) -> Result<String, String> {
 fn table(out: &mut String, stand: &str, rows: &[Row]) {
     let of_stand: Vec<&Row> = rows.iter().filter(|row| row.stand == stand).collect();
     let has_latencies = of_stand.iter().any(|row| LATENCIES.contains(&row.measure.as_str()));
-    let (head, rule) =
-        if has_latencies { (" p50 / p99 / p99.9 µs |", "--:|") } else { ("", "") };
+    let (head, rule) = if has_latencies { (" p50 / p99 / p99.9 µs |", "--:|") } else { ("", "") };
     let _ = writeln!(
         out,
         "### {stand}\n\n| what | who | median | lowest … highest | runs | unit |{head} Tidegate ÷ it |\n\
@@ -57,7 +56,8 @@ fn table(out: &mut String, stand: &str, rows: &[Row]) {
             format!(", {}", row.measure)
         };
         let [median, lowest, highest] = row.values.map(number);
-        let latencies = if has_latencies { format!(" {} |", latencies(row, &of_stand)) } else { String::new() };
+        let latencies =
+            if has_latencies { format!(" {} |", latencies(row, &of_stand)) } else { String::new() };
         let ratio = row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
         let _ = writeln!(
             out,

@@ -34,7 +34,14 @@ fn io(e: std::io::Error) -> Error {
 impl Place {
     /// A stage and a sparse backing in a new folder `name` of `dir`. `filled`: every block of the stage is there, so that
     /// no write allocates.
-    pub fn new(dir: &Path, name: &str, stage_bytes: u64, volume_bytes: u64, ack: AckLevel, filled: bool) -> Result<Place> {
+    pub fn new(
+        dir: &Path,
+        name: &str,
+        stage_bytes: u64,
+        volume_bytes: u64,
+        ack: AckLevel,
+        filled: bool,
+    ) -> Result<Place> {
         let place = Place { dir: dir.join(format!("{name}-{}", std::process::id())) };
         std::fs::create_dir_all(&place.dir).map_err(io)?;
         if filled {

@@ -63,8 +63,7 @@ fn bar(out: &mut String, row: &Row, advantage: f64, middle: f64, y: usize) {
     let length = advantage.log2().clamp(-OCTAVES, OCTAVES) * OCTAVE;
     let (x, class) = if length < 0.0 { (middle + length, "less") } else { (middle, "more") };
     let end = middle + OCTAVES * OCTAVE + 12.0;
-    let what =
-        if ["rate", "throughput"].contains(&row.measure.as_str()) { "" } else { row.measure.as_str() };
+    let what = if ["rate", "throughput"].contains(&row.measure.as_str()) { "" } else { row.measure.as_str() };
     let name = if what.is_empty() { row.who.clone() } else { format!("{}, {what}", row.who) };
     let _ = writeln!(
         out,

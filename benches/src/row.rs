@@ -200,8 +200,11 @@ mod tests {
 
     #[test]
     fn a_partial_run_replaces_its_scenarios_only() {
-        let old =
-            rows_of(&[note("a", "tidegate", &[1.0]), note("a", "gone", &[1.0]), note("b", "tidegate", &[2.0])]);
+        let old = rows_of(&[
+            note("a", "tidegate", &[1.0]),
+            note("a", "gone", &[1.0]),
+            note("b", "tidegate", &[2.0]),
+        ]);
         let new = rows_of(&[note("c", "tidegate", &[9.0]), note("a", "tidegate", &[5.0])]);
         let all = merged(old, &new);
         let short: Vec<_> = all.iter().map(|row| (row.scenario.as_str(), row.values[0])).collect();

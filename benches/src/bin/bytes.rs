@@ -97,7 +97,12 @@ fn submissions(effort: Effort) -> Result<()> {
     }
     samples.sort_by(f64::total_cmp);
     percentiles.push(samples[samples.len() / 2]);
-    note("64 B write through the shared rings, one at a time, to memory completion", "median time", "us", percentiles);
+    note(
+        "64 B write through the shared rings, one at a time, to memory completion",
+        "median time",
+        "us",
+        percentiles,
+    );
     Ok(())
 }
 

@@ -223,7 +223,9 @@ fn carry_out(operation: &str, count: u64) -> Result<Bench> {
     let ack = if operation == "write-log" { AckLevel::Log } else { AckLevel::Memory };
     let mut bench = Bench::new(ack)?;
     match operation {
-        "write-log" | "write-memory" => (0..count).for_each(|i| bench.call(RequestKind::Write, place(i), BLOCK)),
+        "write-log" | "write-memory" => {
+            (0..count).for_each(|i| bench.call(RequestKind::Write, place(i), BLOCK))
+        }
         "write-fsync" => (0..count).for_each(|i| {
             bench.call(RequestKind::Write, place(i), BLOCK);
             bench.call(RequestKind::Flush, 0, 0);
@@ -246,7 +248,9 @@ fn carry_out(operation: &str, count: u64) -> Result<Bench> {
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [operation, count] = &args[..] else {
-        eprintln!("usage: counts write-memory|write-log|write-fsync|write-flushed|read-staged|read-backing N");
+        eprintln!(
+            "usage: counts write-memory|write-log|write-fsync|write-flushed|read-staged|read-backing N"
+        );
         return ExitCode::from(2);
     };
     let done = count

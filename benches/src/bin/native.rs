@@ -100,8 +100,7 @@ fn ingest(place: &Place, bytes: usize, count: u64) -> Result<f64> {
         while sent < count
             && let Some((tag, data)) = free.pop()
         {
-            offset =
-                offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            offset = offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let at = (offset >> 20) % slots * bytes as u64;
             let request =
                 Request { tag, kind: RequestKind::Write, offset: at, len: bytes as u64, fua: false };

@@ -42,7 +42,9 @@ fn report(result: &str, kept: &str, page: &str) -> Result<(), String> {
     let here: Vec<&Row> = rows.iter().filter(native).collect();
     let there: Vec<&Row> = rows.iter().filter(|row| !native(row)).collect();
     let beside = |name: &str| Path::new(page).with_file_name(name);
-    let title = |where_: &str| format!("How many times better Tidegate is than each peer, {where_}, medians (1 = equal)");
+    let title = |where_: &str| {
+        format!("How many times better Tidegate is than each peer, {where_}, medians (1 = equal)")
+    };
     let files = [
         (Path::new(kept).to_owned(), to_csv(&rows)),
         (Path::new(result).to_owned(), to_csv(&rows)),

@@ -9,7 +9,7 @@ use tidegate_driver::base::{RegionSeq, VolumeId};
 use tidegate_driver::format::label::Label;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::{Done, Op, Memory, OpKind, Target};
+use tidegate_driver::io::{Done, Memory, Op, OpKind, Target};
 use tidegate_driver::recovery::Opened;
 use tidegate_driver::stage::arena::Arena;
 use tidegate_driver::stage::core::DoorId;
