@@ -90,9 +90,12 @@ def narrow(name, mib, mb_a_second, depth=4):
         run("mount", "-t", "configfs", "configfs", root)
     place = f"{root}/nullb/{name}"
     os.mkdir(place)
+    # It has a budget fifty times a second, and waits for ever with a request that is larger than one.
+    budget_sectors = (1 << 20) // 50 * mb_a_second // 512
+    longest = min(2048, 1 << (budget_sectors.bit_length() - 1))
     settings = {
         "size": mib, "memory_backed": 1, "irqmode": 2, "completion_nsec": 1000000, "submit_queues": 1,
-        "hw_queue_depth": depth, "blocksize": 4096, "max_sectors": 2048, "mbps": mb_a_second, "power": 1,
+        "hw_queue_depth": depth, "blocksize": 4096, "max_sectors": longest, "mbps": mb_a_second, "power": 1,
     }
     for key, value in settings.items():
         put(f"{place}/{key}", value)

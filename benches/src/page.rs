@@ -79,7 +79,7 @@ fn latencies(row: &Row, all: &[&Row]) -> String {
         };
         all.iter().find(same).map(|found| number(found.values[0]))
     };
-    LATENCIES.iter().filter_map(|measure| of(measure)).collect::<Vec<_>>().join(" / ")
+    LATENCIES.iter().filter_map(of).collect::<Vec<_>>().join(" / ")
 }
 
 #[cfg(test)]
