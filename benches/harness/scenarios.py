@@ -50,7 +50,8 @@ KERNEL = (
     Scenario("1M sequential read qd8, flushed", Fio("read", "1M", 8, mb=True),
              (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
     *(
-        Scenario(f"{bs.upper()} {rw} qd{depth}, wide", Fio(rw, bs, depth, mb=bs == "1M"), (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)
+        Scenario(f"{bs.upper()} {rw} qd{depth}, wide", Fio(rw, bs, depth, mb=bs == "1M"),
+                 (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)
         for rw in ("randwrite", "randread", "write", "read")
         for bs in ("4k", "16k", "128k", "1M")
         for depth in (1, 8, 32, 128)
@@ -78,7 +79,8 @@ STANDS = (
         Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), SLOW),
     )),
     Stand("full", d.filled, (
-        Scenario("4K randwrite qd32, stage full", Fio("randwrite", depth=32, size="280M", tail=True, second_half=True, longer=4),
+        Scenario("4K randwrite qd32, stage full",
+                 Fio("randwrite", depth=32, size="280M", tail=True, second_half=True, longer=4),
                  SLOW),
         Scenario("1M sequential write qd8, stage full",
                  Fio("write", "1M", 8, size="280M", mb=True, tail=True, second_half=True, longer=4), SLOW),
