@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Durable appends by SQLite: WAL, synchronous=FULL, one row an append; several in flight are rows of one transaction, which is
-how SQLite commits a group. Prints what the program `bytes` prints for its ways.
+how SQLite commits a group. Prints notes as the program `bytes` does.
 
 Usage: sqlite.py DIR [quick]      DIR: a folder on the disk
 """
@@ -37,25 +37,25 @@ def run(folder, size, depth, span):
     return sorted(latencies), took
 
 
-def report(name, unit, values):
-    values.sort()
-    middle = values[len(values) // 2]
-    line = {"name": name, "unit": unit, "median": middle, "lowest": values[0], "highest": values[-1], "runs": len(values)}
+def note(scenario, measure, unit, values):
+    line = {"stand": "durable appends", "scenario": scenario, "who": "SQLite WAL", "ours": "tidegate", "measure": measure,
+            "unit": unit, "better": "more" if measure == "rate" else "less", "values": values}
     print(json.dumps(line), flush=True)
 
 
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__.strip())
-    runs, span = (1, 0.5) if len(sys.argv) > 2 else (5, 2)
+    full = (int(os.environ.get("ROUNDS", "5")), float(os.environ.get("SECONDS_EACH", "2")))
+    runs, span = (1, 0.5) if len(sys.argv) > 2 else full
     for size in SIZES:
         for depth in DEPTHS:
             samples = [run(sys.argv[1], size, depth, span) for _ in range(runs)]
-            what = f"durable {size} B appends, {depth} in flight, SQLite WAL"
-            report(what, "records/s", [len(latencies) / took for latencies, took in samples])
+            what = f"{size} B appends, {depth} in flight"
+            note(what, "rate", "records/s", [len(latencies) / took for latencies, took in samples])
             for name, part in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)):
                 values = [latencies[min(int(len(latencies) * part), len(latencies) - 1)] for latencies, _ in samples]
-                report(f"{what}, {name}", "us", [value * 1e6 for value in values])
+                note(what, name, "us", [value * 1e6 for value in values])
 
 
 main()

@@ -1,37 +1,31 @@
 //! Measures the byte door on this machine: submissions a second, latency, and durable appends against what programs do
-//! without it. Prints one JSON object a line: name, unit, median, lowest, highest, runs.
+//! without it. Prints notes, one JSON object a line; `ROUNDS` and `SECONDS_EACH` say how much.
 //!
 //! Usage: bytes DIR quick      DIR: a folder on a real disk; quick, if it is there: fewer, shorter runs
 
 use std::fs::{File, OpenOptions};
-use std::io::{IoSlice, Write as _};
+use std::io::IoSlice;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
+use tidegate_benches::effort::{Effort, percentile};
+use tidegate_benches::note::Note;
+use tidegate_benches::place::filled_file;
+use tidegate_benches::{Place, Served, VOLUME};
+use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::bytes::client::{Device, Options};
-use tidegate_driver::bytes::gate::{Access, Gate};
-use tidegate_driver::bytes::{Completion, Failure, Operation, SILENT, Submission, Ticket};
-use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
+use tidegate_driver::bytes::local::LocalDevice;
+use tidegate_driver::bytes::{ByteStore as _, Completion, Failure, Operation, SILENT, Submission, Ticket};
+use tidegate_driver::format::volume_entry::AckLevel;
 use tidegate_driver::io::AlignedBuf;
-use tidegate_driver::io::file::FileDisk;
-use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
-use tidegate_driver::volume::{Engine, EngineConfig, LocalClient, Request, RequestKind};
+use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
 const VOLUME_BYTES: u64 = 2 << 30;
-const VOLUME: VolumeId = VolumeId(1);
 const SIZES: [usize; 3] = [64, 512, 4096];
 const DEPTHS: [u32; 3] = [1, 8, 64];
-
-/// How much is measured.
-#[derive(Clone, Copy)]
-struct Effort {
-    runs: usize,
-    span: Duration,
-}
+const STAND: &str = "durable appends";
 
 fn main() {
     let mut args = std::env::args().skip(1);
@@ -39,11 +33,7 @@ fn main() {
         eprintln!("usage: bytes DIR [quick]");
         std::process::exit(2);
     };
-    let effort = if args.next().is_some() {
-        Effort { runs: 1, span: Duration::from_millis(500) }
-    } else {
-        Effort { runs: 5, span: Duration::from_secs(2) }
-    };
+    let effort = Effort::from_environment(args.next().is_some());
     if let Err(error) = measure(Path::new(&dir), effort) {
         eprintln!("bytes: {}", error.report());
         std::process::exit(1);
@@ -54,98 +44,18 @@ fn failed(e: &Failure) -> Error {
     Error::new(ErrorKind::Io, e.what.clone())
 }
 
-fn report(name: &str, unit: &str, mut values: Vec<f64>) {
-    values.sort_by(f64::total_cmp);
-    let line = serde_json::json!({
-        "name": name, "unit": unit, "median": values[values.len() / 2], "lowest": values[0],
-        "highest": values[values.len() - 1], "runs": values.len(),
-    });
-    println!("{line}");
-    let _ = std::io::stdout().flush();
+fn client(served: &Served) -> Result<Device> {
+    let options = Options { depth: 1024, arena_bytes: 16 << 20, ..Options::default() };
+    Device::open(&served.socket.to_string_lossy(), &options).map_err(|e| failed(&e))
 }
 
-struct Place {
-    dir: PathBuf,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-impl Place {
-    fn new(dir: &Path, name: &str, stage_bytes: u64, ack: AckLevel) -> Result<Place> {
-        let place = Place { dir: dir.join(format!("bytes-{name}-{}", std::process::id())) };
-        let io = |e| Error::io("cannot prepare the files", e);
-        std::fs::create_dir_all(&place.dir).map_err(io)?;
-        filled_file(&place.dir.join("stage"), stage_bytes).map_err(io)?;
-        File::create(place.dir.join("backing"))
-            .and_then(|f| f.set_len(VOLUME_BYTES + (64 << 10)))
-            .map_err(io)?;
-        let stage = FileDisk::open_exclusive(&place.dir.join("stage"))?;
-        let backing = FileDisk::open_exclusive(&place.dir.join("backing"))?;
-        admin::create_stage(&stage, StageOptions::for_disk(&stage))?;
-        let new = NewVolume {
-            name: "bench".into(),
-            size_bytes: VOLUME_BYTES,
-            block_bytes: 512,
-            ack,
-            on_log_error: OnLogError::Stall,
-            backing: String::new(),
-        };
-        admin::add_volume(&stage, &backing, new)?;
-        Ok(place)
-    }
-
-    fn serve(&self) -> Result<Served> {
-        let engine = Engine::open(EngineConfig {
-            stage: Arc::new(FileDisk::open_exclusive(&self.dir.join("stage"))?),
-            backings: vec![(VOLUME, Arc::new(FileDisk::open_exclusive(&self.dir.join("backing"))?))],
-            arena_dir: PathBuf::from(format!("/dev/shm/tidegate-bench-{}", std::process::id())),
-            accept_loss: true,
-            forget: None,
-        })?;
-        let socket = self.dir.join("socket");
-        let gate = Gate::open(engine.clone(), Arc::default(), VOLUME, &socket, Access::default())?;
-        Ok(Served { gate: Some(gate), engine, socket })
-    }
-}
-
-struct Served {
-    gate: Option<Gate>,
-    engine: Arc<Engine>,
-    socket: PathBuf,
-}
-
-impl Served {
-    fn device(&self) -> Result<Device> {
-        let options = Options { depth: 1024, arena_bytes: 16 << 20, ..Options::default() };
-        Device::open(&self.socket.to_string_lossy(), &options).map_err(|e| failed(&e))
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        drop(self.gate.take());
-        let _ = self.engine.close(true);
-    }
-}
-
-/// A file whose blocks are all there, so that no write allocates.
-fn filled_file(path: &Path, bytes: u64) -> std::io::Result<()> {
-    let mut file = File::create(path)?;
-    let zeroes = vec![0; 4 << 20];
-    for _ in 0..bytes.div_ceil(zeroes.len() as u64) {
-        file.write_all(&zeroes)?;
-    }
-    file.set_len(bytes)?;
-    file.sync_all()
+fn note(scenario: &str, measure: &str, unit: &str, values: Vec<f64>) {
+    Note::alone("engine", scenario, measure, unit, values).print();
 }
 
 fn measure(dir: &Path, effort: Effort) -> Result<()> {
     submissions(effort)?;
-    let ram = Place::new(Path::new("/dev/shm"), "local", 256 << 20, AckLevel::Memory)?;
+    let ram = Place::new(Path::new("/dev/shm"), "local", 256 << 20, VOLUME_BYTES, AckLevel::Memory, true)?;
     in_process(&ram, effort)?;
     drop(ram);
     for size in SIZES {
@@ -158,9 +68,9 @@ fn measure(dir: &Path, effort: Effort) -> Result<()> {
 
 /// Memory level through the shared rings: one client thread, one session.
 fn submissions(effort: Effort) -> Result<()> {
-    let place = Place::new(Path::new("/dev/shm"), "rings", 1 << 30, AckLevel::Memory)?;
+    let place = Place::new(Path::new("/dev/shm"), "rings", 1 << 30, VOLUME_BYTES, AckLevel::Memory, true)?;
     let served = place.serve()?;
-    let device = served.device()?;
+    let device = client(&served)?;
     let count = 1_000_000u64;
     let mut plain = Vec::new();
     let mut copied = Vec::new();
@@ -176,8 +86,8 @@ fn submissions(effort: Effort) -> Result<()> {
         }
         copied.push(count as f64 / started.elapsed().as_secs_f64());
     }
-    report("64 B submissions through the shared rings, accepted", "records/s", plain);
-    report("64 B copying writes through the shared rings, accepted", "records/s", copied);
+    note("64 B submissions through the shared rings, accepted", "rate", "records/s", plain);
+    note("64 B copying writes through the shared rings, accepted", "rate", "records/s", copied);
     let mut percentiles = Vec::new();
     let mut samples: Vec<f64> = Vec::new();
     for i in 0..20_000u64 {
@@ -187,7 +97,12 @@ fn submissions(effort: Effort) -> Result<()> {
     }
     samples.sort_by(f64::total_cmp);
     percentiles.push(samples[samples.len() / 2]);
-    report("64 B write through the shared rings, one at a time: p50 to memory completion", "us", percentiles);
+    note(
+        "64 B write through the shared rings, one at a time, to memory completion",
+        "median time",
+        "us",
+        percentiles,
+    );
     Ok(())
 }
 
@@ -255,7 +170,7 @@ fn in_process(place: &Place, effort: Effort) -> Result<()> {
         samples.sort_by(f64::total_cmp);
         medians.push(samples[samples.len() / 2]);
     }
-    report("64 B write in process: p50 to memory completion", "us", medians);
+    note("64 B write in process, to memory completion", "median time", "us", medians);
     Ok(())
 }
 
@@ -265,36 +180,61 @@ struct Sample {
     span: f64,
 }
 
+const IN_PROCESS: &str = "tidegate in process";
+
 fn durable(dir: &Path, size: usize, depth: u32, effort: Effort) -> Result<()> {
-    let place = Place::new(dir, "durable", 512 << 20, AckLevel::Log)?;
+    let place = Place::new(dir, "durable", 512 << 20, VOLUME_BYTES, AckLevel::Log, true)?;
     let served = place.serve()?;
-    let device = served.device()?;
+    let device = client(&served)?;
+    let local = LocalDevice::open(&served.engine, VOLUME).map_err(|e| failed(&e))?;
     let file = dir.join(format!("bytes-plain-{}", std::process::id()));
     filled_file(&file, 64 << 20).map_err(|e| Error::io("cannot prepare a file", e))?;
-    let mut ways: [(&str, Vec<Sample>); 3] =
-        [("tidegate", Vec::new()), ("pwrite + fdatasync", Vec::new()), ("O_DIRECT RWF_DSYNC", Vec::new())];
+    let mut ways: [(&str, Vec<Sample>); 4] = [
+        ("tidegate", Vec::new()),
+        (IN_PROCESS, Vec::new()),
+        ("pwrite + fdatasync", Vec::new()),
+        ("O_DIRECT RWF_DSYNC", Vec::new()),
+    ];
     for _ in 0..effort.runs {
         ways[0].1.push(by_tidegate(&device, size, depth, effort.span).map_err(|e| failed(&e))?);
-        ways[1].1.push(by_threads(&file, size, depth, effort.span, false));
-        ways[2].1.push(by_threads(&file, size, depth, effort.span, true));
+        if depth == 1 {
+            ways[1].1.push(in_process_appends(&local, size, effort.span).map_err(|e| failed(&e))?);
+        }
+        ways[2].1.push(by_threads(&file, size, depth, effort.span, false));
+        ways[3].1.push(by_threads(&file, size, depth, effort.span, true));
     }
     let _ = std::fs::remove_file(&file);
-    for (way, samples) in ways {
+    for (way, samples) in ways.iter().filter(|(_, samples)| !samples.is_empty()) {
+        let scenario = format!("{size} B appends, {depth} in flight");
         let rates = samples.iter().map(|s| s.latencies.len() as f64 / s.span).collect();
-        report(&format!("durable {size} B appends, {depth} in flight, {way}"), "records/s", rates);
+        Note::of(STAND, &scenario, way, "rate", "records/s", rates).print();
         for (name, part) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
             let values = samples.iter().map(|s| percentile(&s.latencies, part) * 1e6).collect();
-            report(&format!("durable {size} B appends, {depth} in flight, {way}, {name}"), "us", values);
+            Note::of(STAND, &scenario, way, name, "us", values).print();
         }
     }
     Ok(())
 }
 
-fn percentile(sorted: &[f64], part: f64) -> f64 {
-    sorted
-        .get(((sorted.len() as f64 * part) as usize).min(sorted.len().saturating_sub(1)))
-        .copied()
-        .unwrap_or(0.0)
+/// One after the other, by the program that has the engine.
+fn in_process_appends(
+    device: &LocalDevice,
+    size: usize,
+    span: Duration,
+) -> std::result::Result<Sample, Failure> {
+    let data = vec![6; size];
+    let mut latencies = Vec::new();
+    let started = Instant::now();
+    while started.elapsed() < span {
+        let begun = Instant::now();
+        let at = latencies.len() as u64 * size as u64 % (1 << 30);
+        let ticket = device.write(at, &[&data])?;
+        device.persist(ticket, None)?;
+        latencies.push(begun.elapsed().as_secs_f64());
+    }
+    let span = started.elapsed().as_secs_f64();
+    latencies.sort_by(f64::total_cmp);
+    Ok(Sample { latencies, span })
 }
 
 fn by_tidegate(

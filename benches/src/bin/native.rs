@@ -1,51 +1,75 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
-//! Prints one JSON object a line: name, unit, median, lowest, highest, runs.
+//! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: native DIR      DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
+//! Usage: native DIR [calls OPERATION N]      DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Instant;
 
+use tidegate_benches::note::Note;
+use tidegate_benches::{Effort, Place, VOLUME};
 use tidegate_driver::base::checksum::crc64;
-use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
-use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
-use tidegate_driver::io::file::FileDisk;
-use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
-use tidegate_driver::volume::{Engine, EngineConfig, LocalClient, Request, RequestKind};
+use tidegate_driver::base::{Error, ErrorKind, Result};
+use tidegate_driver::format::volume_entry::AckLevel;
+use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
-const RUNS: usize = 5;
 const VOLUME_BYTES: u64 = 8 << 30;
-const VOLUME: VolumeId = VolumeId(1);
+const INGEST: &str = "ingest, ack memory, 4096 B records, one door";
 
 fn main() {
-    let Some(dir) = std::env::args().nth(1) else {
-        eprintln!("usage: native DIR");
-        std::process::exit(2);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = match &args[..] {
+        [dir] => measure(Path::new(dir)),
+        [dir, calls, operation, count] if calls == "calls" => {
+            one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
+        }
+        _ => {
+            eprintln!("usage: native DIR | native DIR calls OPERATION N");
+            std::process::exit(2);
+        }
     };
-    if let Err(error) = measure(Path::new(&dir)) {
+    if let Err(error) = done {
         eprintln!("native: {}", error.report());
         std::process::exit(1);
     }
 }
 
-fn measure(dir: &Path) -> Result<()> {
-    report("memcpy+crc64 bound, 4 KiB records", "records/s", (0..RUNS).map(|_| bound(4096)).collect());
-    for (bytes, count) in [(4096usize, 100_000u64), (64, 400_000)] {
-        let place = Place::new(dir, 1 << 30, AckLevel::Memory)?;
-        let rates = (0..RUNS).map(|_| place.ingest(bytes, count)).collect::<Result<Vec<_>>>()?;
-        report(&format!("ingest, ack memory, {bytes} B records, one door"), "records/s", rates);
+/// One kind of operation, for a tracer to count what it asks of the kernel.
+fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
+    let ack = if operation == "write-log" { AckLevel::Log } else { AckLevel::Memory };
+    let place = Place::new(dir, "calls", 1 << 30, VOLUME_BYTES, ack, false)?;
+    let engine = place.open(None)?;
+    let mut client = LocalClient::new(&engine, VOLUME, 1)?;
+    client.write(0, &[7; 4096])?;
+    for i in 0..count {
+        match operation {
+            "read-staged" => drop(client.read(0, 4096)?),
+            "write-fsync" => {
+                client.write(i * 4096, &[7; 4096])?;
+                client.flush()?;
+            }
+            _ => client.write(i * 4096, &[7; 4096])?,
+        }
     }
-    recovery(dir)
+    drop(client);
+    engine.close(true)
 }
 
-fn report(name: &str, unit: &str, mut values: Vec<f64>) {
-    values.sort_by(f64::total_cmp);
-    let line = serde_json::json!({
-        "name": name, "unit": unit, "median": values[values.len() / 2], "lowest": values[0],
-        "highest": values[values.len() - 1], "runs": values.len(),
-    });
-    println!("{line}");
+fn measure(dir: &Path) -> Result<()> {
+    let runs = Effort::from_environment(false).runs;
+    let bounds = (0..runs).map(|_| bound(4096)).collect();
+    Note::of("engine", INGEST, "memcpy + crc64 of one core", "rate", "records/s", bounds).print();
+    for (bytes, count) in [(4096usize, 100_000u64), (64, 400_000)] {
+        let place = Place::new(dir, "native", 1 << 30, VOLUME_BYTES, AckLevel::Memory, false)?;
+        let rates = (0..runs).map(|_| ingest(&place, bytes, count)).collect::<Result<Vec<_>>>()?;
+        let scenario = if bytes == 4096 { INGEST } else { "ingest, ack memory, 64 B records, one door" };
+        note(scenario, "rate", "records/s", rates);
+    }
+    recovery(dir, runs)
+}
+
+fn note(scenario: &str, measure: &str, unit: &str, values: Vec<f64>) {
+    Note::alone("engine", scenario, measure, unit, values).print();
 }
 
 /// Records per second that copying and checksumming alone would allow, on memory as cold as the arena's.
@@ -63,106 +87,43 @@ fn bound(bytes: usize) -> f64 {
     count as f64 / started.elapsed().as_secs_f64()
 }
 
-struct Place {
-    dir: PathBuf,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-impl Place {
-    fn new(dir: &Path, stage_bytes: u64, ack: AckLevel) -> Result<Place> {
-        let place = Place { dir: dir.join(format!("native-{}", std::process::id())) };
-        let io = |e| Error::io("cannot prepare the files", e);
-        std::fs::create_dir_all(&place.dir).map_err(io)?;
-        std::fs::File::create(place.dir.join("stage")).and_then(|f| f.set_len(stage_bytes)).map_err(io)?;
-        std::fs::File::create(place.dir.join("backing"))
-            .and_then(|f| f.set_len(VOLUME_BYTES + (64 << 10)))
-            .map_err(io)?;
-        let stage = FileDisk::open_exclusive(&place.dir.join("stage"))?;
-        let backing = FileDisk::open_exclusive(&place.dir.join("backing"))?;
-        admin::create_stage(&stage, StageOptions::for_disk(&stage))?;
-        let new = NewVolume {
-            name: "bench".into(),
-            size_bytes: VOLUME_BYTES,
-            block_bytes: 512,
-            ack,
-            on_log_error: OnLogError::Stall,
-            backing: String::new(),
-        };
-        admin::add_volume(&stage, &backing, new)?;
-        Ok(place)
-    }
-
-    fn open(&self) -> Result<Arc<Engine>> {
-        Engine::open(EngineConfig {
-            stage: Arc::new(FileDisk::open_exclusive(&self.dir.join("stage"))?),
-            backings: vec![(VOLUME, Arc::new(FileDisk::open_exclusive(&self.dir.join("backing"))?))],
-            arena_dir: self.dir.join("arena"),
-            accept_loss: true,
-            forget: None,
-        })
-    }
-
-    /// Records per second of one door that has 32 requests in flight, random offsets.
-    fn ingest(&self, bytes: usize, count: u64) -> Result<f64> {
-        let engine = self.open()?;
-        let mut client = LocalClient::new(&engine, VOLUME, 32)?;
-        let mut free: Vec<(u32, Vec<u8>)> = (0..32).map(|tag| (tag, vec![tag as u8; bytes])).collect();
-        let mut offset = 1u64;
-        let slots = VOLUME_BYTES / bytes as u64;
-        let (mut sent, mut done) = (0, 0);
-        let started = Instant::now();
-        while done < count {
-            while sent < count
-                && let Some((tag, data)) = free.pop()
-            {
-                offset =
-                    offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let at = (offset >> 20) % slots * bytes as u64;
-                let request =
-                    Request { tag, kind: RequestKind::Write, offset: at, len: bytes as u64, fua: false };
-                client.submit(request, data);
-                sent += 1;
-            }
-            client.wait(None)?;
-            while let Some(completed) = client.completed() {
-                completed.result.map_err(|e| Error::new(ErrorKind::Io, format!("a write failed: {e}")))?;
-                free.push((completed.tag, completed.data));
-                done += 1;
-            }
+/// Records per second of one door that has 32 requests in flight, random offsets.
+fn ingest(place: &Place, bytes: usize, count: u64) -> Result<f64> {
+    let engine = place.open(None)?;
+    let mut client = LocalClient::new(&engine, VOLUME, 32)?;
+    let mut free: Vec<(u32, Vec<u8>)> = (0..32).map(|tag| (tag, vec![tag as u8; bytes])).collect();
+    let mut offset = 1u64;
+    let slots = VOLUME_BYTES / bytes as u64;
+    let (mut sent, mut done) = (0, 0);
+    let started = Instant::now();
+    while done < count {
+        while sent < count
+            && let Some((tag, data)) = free.pop()
+        {
+            offset = offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let at = (offset >> 20) % slots * bytes as u64;
+            let request =
+                Request { tag, kind: RequestKind::Write, offset: at, len: bytes as u64, fua: false };
+            client.submit(request, data);
+            sent += 1;
         }
-        let rate = count as f64 / started.elapsed().as_secs_f64();
-        drop(client);
-        engine.close(true)?;
-        Ok(rate)
-    }
-
-    /// Copies the files as a server that died would leave them, without its arena.
-    fn crashed_copy(&self) -> Result<Place> {
-        let mut name = self.dir.file_name().unwrap_or_default().to_owned();
-        name.push("-copy");
-        let place = Place { dir: self.dir.with_file_name(name) };
-        let io = |e| Error::io("cannot copy the files", e);
-        std::fs::create_dir_all(&place.dir).map_err(io)?;
-        let files = [self.dir.join("stage"), self.dir.join("backing")];
-        // The backing is nearly all hole.
-        let status =
-            std::process::Command::new("cp").arg("--sparse=always").args(files).arg(&place.dir).status();
-        match status.map_err(io)?.success() {
-            true => Ok(place),
-            false => Err(Error::new(ErrorKind::Io, "cannot copy the files")),
+        client.wait(None)?;
+        while let Some(completed) = client.completed() {
+            completed.result.map_err(|e| Error::new(ErrorKind::Io, format!("a write failed: {e}")))?;
+            free.push((completed.tag, completed.data));
+            done += 1;
         }
     }
+    let rate = count as f64 / started.elapsed().as_secs_f64();
+    drop(client);
+    engine.close(true)?;
+    Ok(rate)
 }
 
 /// Fills half of a stage of 1 GiB (the flusher starts above that) twice over, leaves it as a crash would, and opens it.
-fn recovery(dir: &Path) -> Result<()> {
-    let place = Place::new(dir, 2 << 30, AckLevel::Log)?;
-    let engine = place.open()?;
+fn recovery(dir: &Path, runs: usize) -> Result<()> {
+    let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
+    let engine = place.open(None)?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let data = vec![5u8; 4096];
     let mut staged = 0u64;
@@ -185,10 +146,10 @@ fn recovery(dir: &Path) -> Result<()> {
     engine.close(true)?;
     drop(engine);
     let (mut first_read, mut rate) = (Vec::new(), Vec::new());
-    for _ in 0..RUNS {
+    for _ in 0..runs {
         let copy = crashed.crashed_copy()?;
         let started = Instant::now();
-        let engine = copy.open()?;
+        let engine = copy.open(None)?;
         let mut client = LocalClient::new(&engine, VOLUME, 32)?;
         client.read(0, 4096)?;
         first_read.push(started.elapsed().as_secs_f64() * 1000.0);
@@ -199,7 +160,7 @@ fn recovery(dir: &Path) -> Result<()> {
         drop(client);
         drop(engine);
     }
-    report("recovery, about 1 GiB staged: time to first read", "ms", first_read);
-    report("recovery, about 1 GiB staged: whole log read and verified", "GB/s", rate);
+    note("recovery, about 1 GiB staged", "time to first read", "ms", first_read);
+    note("recovery, about 1 GiB staged, whole log read and verified", "rate", "GB/s", rate);
     Ok(())
 }

@@ -1,0 +1,128 @@
+"""What is measured: stands (one test machine each), and the scenarios of each, with who takes part. The first of those is
+Tidegate, which is compared with each of the others."""
+
+import fnmatch
+from dataclasses import dataclass
+
+from . import devices as d
+from . import work as w
+from .work import Fio
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`wide`: measured only on demand."""
+
+    name: str
+    work: object
+    who: tuple
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Stand:
+    name: str
+    make: object
+    scenarios: tuple
+    memory_mib: int = 4096
+    cpus: int = 2
+    rounds_max: int = 99
+
+
+NULLS = (d.OURS_MEMORY, d.NULL)
+LOOPS = (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY)
+DISKS = (d.OURS_MEMORY, d.LOOP_ZERO, d.RAW)
+CACHES = (d.OURS_LOG, d.OURS_MEMORY, d.WRITECACHE, d.BCACHE)
+SLOW = (*CACHES, d.BARE)
+APPLICATIONS = (d.OURS_LOG, d.OURS_MEMORY, d.WRITECACHE, d.BCACHE, d.BARE)
+ZIPF = ("--random_distribution=zipf:0.99",)
+
+KERNEL = (
+    Scenario("4K randread qd32, flushed", Fio("randread", depth=32), (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
+    Scenario("4K randwrite qd32", Fio("randwrite", depth=32), NULLS),
+    Scenario("4K randwrite qd1", Fio("randwrite", tail=True), NULLS),
+    Scenario("4K randwrite qd128", Fio("randwrite", depth=128), NULLS),
+    Scenario("4K randread qd1, flushed", Fio("randread", tail=True), DISKS),
+    Scenario("16K randwrite qd8", Fio("randwrite", "16k", 8), (d.OURS_MEMORY, d.NULL, d.LOOP_ZERO)),
+    Scenario("4K mixed 70/30 qd32", Fio("randrw", depth=32, options=("--rwmixread=70",)), LOOPS),
+    Scenario("4K Zipf 0.99 overwrites qd32", Fio("randwrite", depth=32, options=ZIPF), LOOPS),
+    Scenario("1M sequential write qd8", Fio("write", "1M", 8, mb=True), (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
+    Scenario("1M sequential read qd8, flushed", Fio("read", "1M", 8, mb=True),
+             (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
+    *(
+        Scenario(f"{bs.upper()} {rw} qd{depth}, wide", Fio(rw, bs, depth, mb=bs == "1M"),
+                 (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)
+        for rw in ("randwrite", "randread", "write", "read")
+        for bs in ("4k", "16k", "128k", "1M")
+        for depth in (1, 8, 32, 128)
+    ),
+)
+
+SYNC = ("--fsync=1",)
+
+STANDS = (
+    Stand("fast", d.fast, KERNEL),
+    Stand("fast, 2 queues", d.fast, tuple(
+        Scenario(f"{s.name}, 2 queues", s.work, s.who, True) for s in KERNEL[:6]
+    ), cpus=8),
+    Stand("staged", d.staged, (
+        Scenario("4K randread qd32, staged", Fio("randread", depth=32), (d.OURS_MEMORY, d.NULL, d.RAW)),
+        Scenario("4K randread qd1, staged", Fio("randread"), (d.OURS_MEMORY, d.NULL, d.RAW)),
+        Scenario("4K randread qd32, cold after a restart", w.cold, (d.OURS_MEMORY,)),
+    )),
+    Stand("synced", d.synced, (
+        Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP)),
+        Scenario("4K write+fsync, 8 jobs", Fio("randwrite", jobs=8, options=SYNC), (*CACHES, d.KERNEL_LOOP)),
+    )),
+    Stand("slow", d.slowed, (
+        Scenario("4K write+fsync qd1, slow backing", Fio("randwrite", options=SYNC), SLOW),
+        Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), SLOW),
+    )),
+    Stand("full", d.filled, (
+        Scenario("4K randwrite qd32, stage full",
+                 Fio("randwrite", depth=32, size="280M", tail=True, second_half=True, longer=4),
+                 SLOW),
+        Scenario("1M sequential write qd8, stage full",
+                 Fio("write", "1M", 8, size="280M", mb=True, tail=True, second_half=True, longer=4), SLOW),
+    )),
+    Stand("restart", d.restarted, (
+        Scenario("killed, arena lost, small stage", w.recovery, ("tidegate, stage of 64 MiB",)),
+        Scenario("killed, arena lost, large stage", w.recovery, ("tidegate, stage of 512 MiB",)),
+    ), rounds_max=5),
+    Stand("idle", d.idle, (Scenario("attached and idle", w.quiet, (d.OURS_LOG,)),), rounds_max=1),
+    Stand("sizes", d.sized, (
+        Scenario("4K randwrite qd8 all over a sparse volume", Fio("randwrite", depth=8, size="100%", cost=True),
+                 (d.LARGE, d.SMALL)),
+        Scenario("4K randread qd8 all over a sparse volume", Fio("randread", depth=8, size="100%", cost=True),
+                 (d.LARGE, d.SMALL)),
+    )),
+    Stand("volumes", d.shared, (
+        Scenario("4K randwrite qd8 on a stage with others", Fio("randwrite", depth=8, size="128M", cost=True), (d.MANY, d.ONE)),
+    )),
+    Stand("laden", d.laden, (
+        Scenario("4K randwrite qd8, empty and full stage", Fio("randwrite", depth=8, size="400M", cost=True, count=3000),
+                 (d.FULL, d.EMPTY)),
+        Scenario("4K randread qd8, empty and full stage", Fio("randread", depth=8, size="16M", cost=True), (d.FULL, d.EMPTY)),
+    )),
+    *(
+        Stand(make.__name__, make, (
+            Scenario(f"SQLite, WAL, synchronous=FULL, {make.__name__}, slow backing", w.sqlite_rows, APPLICATIONS),
+            Scenario(f"create and fsync of files, {make.__name__}, slow backing", w.storm, APPLICATIONS),
+            Scenario(f"pgbench, 1 client, {make.__name__}, slow backing", w.Pgbench(1), APPLICATIONS),
+            Scenario(f"pgbench, 4 clients, {make.__name__}, slow backing", w.Pgbench(4), APPLICATIONS),
+        ))
+        for make in (d.ext4, d.xfs)
+    ),
+)
+
+
+def chosen(pattern, wide):
+    """Stands with those of their scenarios that are asked for: a pattern of the shell on either name, or a part of it."""
+    for stand in STANDS:
+        def fits(scenario, stand=stand):
+            names = (stand.name, scenario.name)
+            return any(not pattern or pattern in name or fnmatch.fnmatch(name, pattern) for name in names)
+
+        scenarios = [s for s in stand.scenarios if fits(s) and (wide or not s.wide)]
+        if scenarios:
+            yield stand, scenarios

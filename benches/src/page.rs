@@ -1,0 +1,106 @@
+//! The tables of `docs/benchmarks.md`.
+
+use std::fmt::Write as _;
+
+use crate::row::Row;
+
+const BEGIN: &str = "<!-- measured: begin -->";
+const END: &str = "<!-- measured: end -->";
+/// Measures that share a column.
+const LATENCIES: [&str; 3] = ["p50", "p99", "p99.9"];
+
+/// A number as short as its size allows.
+#[must_use]
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        v if v >= 100.0 || v == 0.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// The page with new tables between its markers; an error if they are missing.
+pub fn with_tables(page: &str, rows: &[Row]) -> Result<String, String> {
+    let (Some(begin), Some(end)) = (page.find(BEGIN), page.find(END)) else {
+        return Err(format!("the page has no markers '{BEGIN}' and '{END}'"));
+    };
+    let mut stands: Vec<&str> = Vec::new();
+    for row in rows {
+        if !stands.contains(&row.stand.as_str()) {
+            stands.push(&row.stand);
+        }
+    }
+    let mut tables = String::new();
+    for stand in stands {
+        table(&mut tables, stand, rows);
+    }
+    Ok(format!("{}{BEGIN}\n\n{tables}{END}{}", &page[..begin], &page[end + END.len()..]))
+}
+
+fn table(out: &mut String, stand: &str, rows: &[Row]) {
+    let of_stand: Vec<&Row> = rows.iter().filter(|row| row.stand == stand).collect();
+    let has_latencies = of_stand.iter().any(|row| LATENCIES.contains(&row.measure.as_str()));
+    let (head, rule) = if has_latencies { (" p50 / p99 / p99.9 µs |", "--:|") } else { ("", "") };
+    let _ = writeln!(
+        out,
+        "### {stand}\n\n| what | who | median | lowest … highest | runs | unit |{head} Tidegate ÷ it |\n\
+         |---|---|--:|--:|--:|---|{rule}--:|"
+    );
+    let mut before = "";
+    for row in of_stand.iter().filter(|row| !LATENCIES.contains(&row.measure.as_str())) {
+        let what = if row.scenario == before { "" } else { &row.scenario };
+        before = &row.scenario;
+        let measure = if ["rate", "throughput"].contains(&row.measure.as_str()) {
+            String::new()
+        } else {
+            format!(", {}", row.measure)
+        };
+        let [median, lowest, highest] = row.values.map(number);
+        let latencies =
+            if has_latencies { format!(" {} |", latencies(row, &of_stand)) } else { String::new() };
+        let ratio = row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
+        let _ = writeln!(
+            out,
+            "| {what} | {}{measure} | {median} | {lowest} … {highest} | {} | {} |{latencies} {ratio} |",
+            row.who, row.runs, row.unit
+        );
+    }
+    out.push('\n');
+}
+
+/// The latencies that belong to a rate.
+fn latencies(row: &Row, all: &[&Row]) -> String {
+    if row.measure != "rate" && row.measure != "throughput" {
+        return String::new();
+    }
+    let of = |measure: &&str| {
+        let same = |other: &&&Row| {
+            (&other.scenario, &other.who) == (&row.scenario, &row.who) && other.measure == **measure
+        };
+        all.iter().find(same).map(|found| number(found.values[0]))
+    };
+    LATENCIES.iter().filter_map(of).collect::<Vec<_>>().join(" / ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::note::Note;
+    use crate::row::rows_of;
+
+    #[test]
+    fn tables_go_between_the_markers() {
+        let notes = [
+            Note::of("slow", "fsync", "tidegate", "rate", "IOPS", vec![1000.0]),
+            Note::of("slow", "fsync", "tidegate", "p99", "us", vec![12.34]),
+            Note::of("slow", "fsync", "bcache", "rate", "IOPS", vec![500.0]),
+        ];
+        let page = format!("before\n{BEGIN}\nold\n{END}\nafter\n");
+        let new = with_tables(&page, &rows_of(&notes)).unwrap();
+        assert!(new.starts_with("before\n") && new.ends_with("\nafter\n") && !new.contains("old"), "{new}");
+        assert!(new.contains("| fsync | tidegate | 1000 | 1000 … 1000 | 1 | IOPS | 12.3 |  |"), "{new}");
+        assert!(new.contains("|  | bcache | 500 | 500 … 500 | 1 | IOPS |  | 2.00 |"), "{new}");
+        assert_eq!(with_tables(&new, &rows_of(&notes)).unwrap(), new, "and again the same");
+        assert!(with_tables("nothing", &[]).is_err());
+    }
+}
