@@ -195,14 +195,17 @@ impl Core {
             || self.extent_count > INDEX_EXTENTS_MAX / 2
     }
 
-    /// The next epoch: whole durable regions from the oldest on, or with `all` everything durable. `None`: nothing to
-    /// flush, or a region is not in memory yet.
+    /// The next epoch: whole durable regions from the oldest on, as many as have `records_max` records together but at least
+    /// one, and an eighth of the stage at most; or with `all` everything durable. `None`: nothing to flush, or a region is not
+    /// in memory yet.
     #[must_use]
-    pub fn next_epoch(&self, all: bool) -> Option<Epoch> {
+    pub fn next_epoch(&self, all: bool, records_max: u32) -> Option<Epoch> {
         let durable = if is(Mutation::EpochTakesUndurable) { self.published() } else { self.durable() };
         let open = self.ring.open_seq();
         let mut epoch: Option<Epoch> = None;
-        let mut records = 0;
+        // Writers go on meanwhile, and must not find the stage full while the first epoch still takes all that is in it.
+        let regions_max = (self.ring.geometry().region_count / 8).max(1);
+        let (mut records, mut regions) = (0, 0);
         for region in self.ring.regions() {
             if region.record_count == 0 || region.last_lsn() <= self.checkpoint {
                 continue;
@@ -213,7 +216,8 @@ impl Core {
                 break;
             }
             records += region.record_count;
-            if epoch.is_some() && records > EPOCH_RECORDS_MAX {
+            regions += 1;
+            if epoch.is_some() && (records > records_max || regions > regions_max) {
                 break;
             }
             let to = region.last_lsn().min(durable);

@@ -5,6 +5,7 @@
 //! It sleeps without a deadline when nothing is staged and nothing has failed.
 
 mod back_off;
+mod pace;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::back_off::BackOff;
+use self::pace::Pace;
 pub use self::status::BackgroundStatus;
 use super::shared::{Clock, Shared, log_write_of};
 use crate::base::checksum::crc64;
@@ -71,6 +73,7 @@ pub struct Background {
     /// Log writes of the background in flight.
     log_writes: u32,
     flush_retry: BackOff,
+    pace: Pace,
     log_retry: BackOff,
     allocate_retry: BackOff,
     held: bool,
@@ -121,6 +124,7 @@ impl Background {
             arena_reused,
             log_writes: 0,
             flush_retry: BackOff::default(),
+            pace: Pace::default(),
             log_retry: BackOff::default(),
             allocate_retry: BackOff::default(),
             held: false,
@@ -475,7 +479,9 @@ impl Background {
                 self.status.backing_problem = Some((volume, "the backing is not there".to_owned()));
                 return;
             }
-            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all)) else { return };
+            let records_max = self.pace.records_max(core.waiting() > 0);
+            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all, records_max)) else { return };
+            self.pace.begins(now_ns);
             // Volumes that were deleted have no place in the checkpoint any more.
             let volumes = core.volumes();
             self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
@@ -523,6 +529,7 @@ impl Background {
     fn epoch_flushed(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
         let run = self.epoch.take().expect("an epoch ended");
         self.failed_epoch = None;
+        self.pace.ended(now_ns, run.epoch.to.0 - run.epoch.from.0);
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
