@@ -37,9 +37,10 @@
  *   -EIO       a device failed
  *
  * All calls may be made from many threads at once, with the same handle too. A session does not go through fork(): the child
- * opens its own. Of its parent's it has nothing: the socket is closed there, so the session ends with its parent, and the arena
- * is private memory, of zeroes. (Not so in a child made by _Fork() or clone(): let that execute a program or end soon.) What
- * executes a program (exec, posix_spawn, system) keeps nothing. The library starts a thread only for a session with a callback. It leaves signals alone.
+ * opens its own. It can use nothing of its parent's: handles are invalid there, the socket and the descriptor of tg_event_fd()
+ * are replaced by a closed one, so the session ends with its parent, and the arena is private memory, of zeroes. (Not so in a
+ * child made by _Fork() or clone(): let that execute a program or end soon.) What executes a program (exec, posix_spawn,
+ * system) keeps nothing. The library starts a thread only for a session with a callback. It leaves signals alone.
  *
  * Structures may grow at their end: those with a `size` say how much of them the program knows; a library that is older takes
  * a longer one if the rest is zero, a newer one takes fields that are missing as zero. Fields that are called reserved are 0.

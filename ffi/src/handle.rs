@@ -3,7 +3,7 @@
 //! thread closes in the middle of a call keeps what it stands for until the call ends.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{self, Arc, MutexGuard, OnceLock, PoisonError};
 
 use parking_lot::{Mutex, RwLock};
 use tidegate_driver::bytes::{Failure, Result};
@@ -17,6 +17,15 @@ const KIND_BITS: u32 = 56;
 static MADE: AtomicU64 = AtomicU64::new(0);
 /// Numbers up to this one were given out by a parent process.
 static INHERITED: AtomicU64 = AtomicU64::new(0);
+
+/// Held while handles are given out and taken back, and across every fork: so no child finds a table in the middle of that. Not
+/// the other kind of mutex, which may hand itself to a thread that waits for it and that the child does not have.
+static CHANGES: sync::Mutex<()> = sync::Mutex::new(());
+
+/// No handle is given out or taken back as long as this is held.
+pub fn changes() -> MutexGuard<'static, ()> {
+    CHANGES.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// This process is the child of a fork: no handle is its own.
 pub fn forked() {
@@ -54,6 +63,7 @@ impl<T> Table<T> {
 
     /// Gives `it` a handle.
     pub fn insert(&self, it: Arc<T>) -> Result<usize> {
+        let _changes = changes();
         let at = {
             let mut free = self.free.lock();
             match free.slots.pop() {
@@ -89,6 +99,7 @@ impl<T> Table<T> {
 
     /// Makes `handle` invalid.
     pub fn remove(&self, handle: usize) -> Result<Arc<T>> {
+        let _changes = changes();
         let it = {
             let mut slot = self.slot(handle)?.write();
             match slot.take() {

@@ -1,8 +1,10 @@
 //! Sessions with a callback: a thread takes the completions and calls.
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
 use std::ffi::c_void;
-use std::sync::{Arc, Once};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle, ThreadId};
 
 use nix::sys::signal::{SigSet, SigmaskHow};
@@ -91,14 +93,37 @@ impl Callback {
     }
 }
 
+thread_local! {
+    /// While this thread forks.
+    static FORKING: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) };
+}
+
+extern "C" fn before_fork() {
+    let _ = FORKING.try_with(|forking| {
+        forking.borrow_mut().get_or_insert_with(handle::changes);
+    });
+}
+
+extern "C" fn after_fork() {
+    let _ = FORKING.try_with(RefCell::take);
+}
+
+extern "C" fn in_child() {
+    handle::forked();
+    after_fork();
+}
+
 /// From now on handles are invalid in children that this process forks.
 pub fn watch_forks() {
-    static WATCH: Once = Once::new();
-    extern "C" fn child() {
-        handle::forked();
+    static IS_WATCHED: AtomicBool = AtomicBool::new(false);
+    if IS_WATCHED.load(Ordering::Acquire) {
+        return;
     }
-    WATCH.call_once(|| {
-        // SAFETY: the function only moves one number to another. If it cannot be registered, forks are not noticed.
-        unsafe { libc::pthread_atfork(None, None, Some(child)) };
-    });
+    // Threads that come at the same time all register, rather than wait for one that a child would not have: what is done
+    // twice for a fork changes nothing the second time.
+    // SAFETY: the functions live as long as the program: the library is not unloaded. If they cannot be registered, forks are
+    // not noticed.
+    if unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork), Some(in_child)) } == 0 {
+        IS_WATCHED.store(true, Ordering::Release);
+    }
 }

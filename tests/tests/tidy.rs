@@ -45,6 +45,8 @@ const UNSAFE: &[&str] = &[
     "driver/src/io/uring/tests.rs",
     "driver/src/io/uring/waker.rs",
     "driver/src/stage/arena.rs",
+    "driver/tests/first_fork.rs",
+    "driver/tests/forks.rs",
     "driver/tests/hostile.rs",
     "ffi/src/device.rs",
     "ffi/src/log.rs",

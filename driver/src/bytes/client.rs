@@ -23,7 +23,7 @@ use parking_lot::{Condvar, Mutex};
 
 use self::connect::Connected;
 pub use self::connect::{RUN_DIR, socket_path};
-use self::fork::Entered;
+use self::fork::{Private, Process};
 use self::ground::Kernel;
 use self::rings::{OWN_COOKIE, Own, Reaper, Submitter};
 use self::space::{Heap, Parts};
@@ -46,12 +46,12 @@ pub struct Options {
     pub sole_writer: bool,
 }
 
-/// A session with a volume. May be used by many threads.
+/// A session with a volume. May be used by many threads, of the process that has opened it: in a child that this forks, calls
+/// fail with `ENOTCONN`, and the arena is private memory, of zeroes.
 #[derive(Debug)]
 pub struct Device {
-    /// First, because it goes first.
-    _entered: Entered,
-    memory: SharedMap,
+    owner: Process,
+    memory: Private<SharedMap>,
     layout: RingLayout,
     session: u16,
     info: Info,
@@ -77,12 +77,10 @@ fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
 impl Device {
     /// Opens a session with the volume `target`, which is a name or the path of a socket (with a `/`).
     pub fn open(target: &str, options: &Options) -> Result<Device> {
-        let Connected { entered, socket, bell, memory, layout, session, mut info } =
+        let Connected { socket, bell, memory, layout, session, mut info } =
             connect::connect(target, options)?;
         let parts = Parts::of(layout.arena_bytes);
-        let watch = Watch::new(&socket).map_err(|e| {
-            Failure::new(e as i32, format!("cannot make the descriptor to poll for '{target}': {e}"))
-        })?;
+        let watch = Watch::new(&socket)?;
         let ground = Kernel::new(socket, bell).map_err(|e| {
             Failure::new(
                 e as i32,
@@ -91,7 +89,7 @@ impl Device {
         })?;
         info.write_bytes_max = info.write_bytes_max.min(parts.copies);
         Ok(Device {
-            _entered: entered,
+            owner: Process::this(),
             submitter: Mutex::new(Submitter::new(&parts)),
             reaper: Mutex::default(),
             heap: Mutex::new(Heap::new(&parts)),
@@ -120,6 +118,7 @@ impl Device {
 
     /// A part of the arena of `len` bytes for the program: where it begins. `ENOMEM` if there is none.
     pub fn alloc(&self, len: usize) -> Result<u32> {
+        self.owner.check()?;
         let heap_bytes = self.parts.end - self.parts.heap;
         if len == 0 || len > heap_bytes as usize {
             let what = format!(
@@ -134,6 +133,7 @@ impl Device {
 
     /// Gives back what `alloc` gave. No request that names it may be in flight.
     pub fn free(&self, arena_offset: u32) -> Result<()> {
+        self.owner.check()?;
         if self.heap.lock().free(arena_offset) {
             Ok(())
         } else {
@@ -167,6 +167,7 @@ impl Device {
     /// Submits requests, all or none, in this order; the ticket of the first, the others follow by one each. `EAGAIN`: no
     /// room, take completions first. What is wrong with a request its completion says.
     pub fn submit(&self, batch: &[Submission]) -> Result<Ticket> {
+        self.owner.check()?;
         if let Some(gone) = self.waiting.gone() {
             return Err(gone.clone());
         }
@@ -178,7 +179,7 @@ impl Device {
             return Err(Failure::new(libc::EINVAL, "the cookie with all bits set is the library's own"));
         }
         let mut submitter = self.submitter.lock();
-        if !submitter.has_room(&self.memory, &self.layout, batch.len()) {
+        if !submitter.has_room(&*self.memory, &self.layout, batch.len()) {
             drop(submitter);
             self.waiting.look();
             self.attend();
@@ -188,14 +189,14 @@ impl Device {
         }
         let first = Ticket::new(self.session, submitter.tail + 1);
         for submission in batch {
-            submitter.put(&self.memory, &self.layout, submission);
+            submitter.put(&*self.memory, &self.layout, submission);
         }
         self.publish(&submitter);
         Ok(first)
     }
 
     fn publish(&self, submitter: &Submitter) {
-        if submitter.publish(&self.memory) {
+        if submitter.publish(&*self.memory) {
             self.waiting.ring();
         }
     }
@@ -207,7 +208,7 @@ impl Device {
     /// Takes what is in the completion ring, then does this with it.
     fn collect_and<T>(&self, then: impl FnOnce(&mut Reaper) -> T) -> T {
         let mut reaper = self.reaper.lock();
-        let wake = reaper.collect(&self.memory, &self.layout);
+        let wake = reaper.collect(&*self.memory, &self.layout);
         let slots = std::mem::take(&mut reaper.slots);
         let outcome = then(&mut reaper);
         self.watch.tell(!reaper.ready.is_empty());
@@ -223,14 +224,15 @@ impl Device {
         outcome
     }
 
-    /// For a call that begins now.
-    fn limit(&self, timeout: Option<Duration>) -> Limit {
-        self.waiting.limit(deadline_of(timeout))
+    /// For a call that begins now. Refused in a child, where locks may be held by threads that only the parent has.
+    fn limit(&self, timeout: Option<Duration>) -> Result<Limit> {
+        self.owner.check()?;
+        Ok(self.waiting.limit(deadline_of(timeout)))
     }
 
     /// Waits; see [`Waiting::until`].
     fn until<T>(&self, limit: Limit, done: impl FnMut() -> Option<T>) -> Result<Option<T>> {
-        let outcome = self.waiting.until(&self.memory, limit, done);
+        let outcome = self.waiting.until(&*self.memory, limit, done);
         self.attend();
         outcome
     }
@@ -238,7 +240,7 @@ impl Device {
     /// After bytes of the server's were taken: the program that polls must not miss what comes next.
     fn attend(&self) {
         if self.watch.is_on() {
-            self.waiting.announce(&self.memory);
+            self.waiting.announce(&*self.memory);
             self.collect();
         }
     }
@@ -251,7 +253,7 @@ impl Device {
     /// What a call consists of that waits in parts begins here; see [`Device::reap_within`].
     #[must_use]
     pub fn begin(&self) -> Begun {
-        Begun(self.limit(None))
+        Begun(self.waiting.limit(None))
     }
 
     /// As [`Device::reap`], for a part of a call that has begun before: what has interrupted that since interrupts this.
@@ -261,6 +263,7 @@ impl Device {
         timeout: Option<Duration>,
         begun: Begun,
     ) -> Result<usize> {
+        self.owner.check()?;
         if into.is_empty() {
             return Ok(0);
         }
@@ -280,7 +283,7 @@ impl Device {
         if timeout == Some(Duration::ZERO) {
             // For those who wait at the descriptor: from now on it tells.
             self.waiting.look();
-            self.waiting.announce(&self.memory);
+            self.waiting.announce(&*self.memory);
             return match (take(into), self.waiting.gone()) {
                 (Some(count), _) => Ok(count),
                 (None, None) => Ok(0),
@@ -294,8 +297,10 @@ impl Device {
     /// Readable when there may be completions or the server is gone, from a `reap` that gave nothing on.
     #[must_use]
     pub fn event_fd(&self) -> BorrowedFd<'_> {
-        self.watch.start();
-        self.attend();
+        if self.owner.check().is_ok() {
+            self.watch.start();
+            self.attend();
+        }
         self.watch.fd()
     }
 
@@ -315,6 +320,7 @@ impl Device {
     /// completion (as those of [`Device::write_async`] do) has failed: no more of that kind are taken, a new session begins
     /// without a hole.
     pub fn persist(&self, ticket: Ticket, timeout: Option<Duration>) -> Result<()> {
+        let limit = self.limit(timeout)?;
         let submitted = self.submitter.lock().tail;
         if ticket.session() != self.session || !(1..=submitted).contains(&ticket.sequence()) {
             let what = format!("ticket {:#x} is none of this session's", ticket.0);
@@ -323,7 +329,6 @@ impl Device {
         let flushed = if self.durable() >= ticket {
             Some(0)
         } else {
-            let limit = self.limit(timeout);
             self.request(Operation::Flush, 0, (0, 0), limit)?.map(|completion| completion.result)
         };
         // A refusal is there before the words pass it.
@@ -343,20 +348,21 @@ impl Device {
     /// Waits until `count` requests can be submitted; `false` after the timeout. What has completed is there for
     /// [`Device::reap`], and has to be taken: the server stops at as many as the completion ring holds.
     pub fn wait_for_room(&self, count: usize, timeout: Option<Duration>) -> Result<bool> {
+        let limit = self.limit(timeout)?;
         if count > self.layout.depth as usize {
             return Err(Failure::new(libc::EINVAL, format!("the ring has room for {}", self.layout.depth)));
         }
         let has_room = || {
             self.collect();
-            self.submitter.lock().has_room(&self.memory, &self.layout, count).then_some(())
+            self.submitter.lock().has_room(&*self.memory, &self.layout, count).then_some(())
         };
-        Ok(self.until(self.limit(timeout), has_room)?.is_some())
+        Ok(self.until(limit, has_room)?.is_some())
     }
 
     /// Writes `parts`, one after the other, as one record; returns when the volume's ack level is reached (or it is
     /// durable, with [`super::DURABLE`]).
     pub fn write(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
-        let limit = self.limit(None);
+        let limit = self.limit(None)?;
         let sequence = self.submit_copy(offset, parts, flags & !SILENT, Some(Own::Awaited), limit)?;
         let what = || format!("cannot write at byte {offset} of volume '{}'", self.info.name);
         let completion = self.finished(sequence, Own::Abandoned, limit)?.expect("without a deadline");
@@ -366,12 +372,13 @@ impl Device {
 
     /// The same, but returns when the payload was taken over. [`Device::persist`] waits for it, and says if it failed.
     pub fn write_async(&self, offset: u64, parts: &[&[u8]], flags: u8) -> Result<Ticket> {
+        let limit = self.limit(None)?;
         if let Some(failed) = self.reaper.lock().failed {
             let what =
                 format!("the write with ticket {:#x} failed, and so do those after it", failed.ticket.0);
             return Err(failure_of(failed.result, &what));
         }
-        let sequence = self.submit_copy(offset, parts, flags | SILENT, None, self.limit(None))?;
+        let sequence = self.submit_copy(offset, parts, flags | SILENT, None, limit)?;
         Ok(Ticket::new(self.session, sequence))
     }
 
@@ -401,7 +408,7 @@ impl Device {
             ..Submission::default()
         };
         self.submit_own(submission, own, limit, |submitter| {
-            let at = submitter.room_for_copy(&self.memory, len)?;
+            let at = submitter.room_for_copy(&*self.memory, len)?;
             let mut to = self.layout.arena() + at as usize;
             for part in parts {
                 self.memory.copy_in(to, part);
@@ -426,7 +433,7 @@ impl Device {
         }
         self.until(limit, || {
             let mut submitter = self.submitter.lock();
-            if !submitter.has_room(&self.memory, &self.layout, 1) {
+            if !submitter.has_room(&*self.memory, &self.layout, 1) {
                 drop(submitter);
                 self.collect();
                 return None;
@@ -443,7 +450,7 @@ impl Device {
             }
             let mut placed = submission;
             placed.arena_offset = arena_offset;
-            submitter.put(&self.memory, &self.layout, &placed);
+            submitter.put(&*self.memory, &self.layout, &placed);
             self.publish(&submitter);
             Some(sequence)
         })
@@ -493,7 +500,7 @@ impl Device {
 
     fn change(&self, operation: Operation, flags: u8, range: (u64, u64)) -> Result<Ticket> {
         let completion =
-            self.request(operation, flags & !SILENT, range, self.limit(None))?.expect("without a deadline");
+            self.request(operation, flags & !SILENT, range, self.limit(None)?)?.expect("without a deadline");
         let (offset, len) = range;
         check(&completion, || {
             format!("cannot {operation:?} {len} bytes at byte {offset} of volume '{}'", self.info.name)
@@ -514,7 +521,7 @@ impl Device {
     /// Makes everything submitted before durable.
     pub fn flush(&self) -> Result<()> {
         let completion =
-            self.request(Operation::Flush, 0, (0, 0), self.limit(None))?.expect("without a deadline");
+            self.request(Operation::Flush, 0, (0, 0), self.limit(None)?)?.expect("without a deadline");
         check(&completion, || format!("cannot flush volume '{}'", self.info.name))
     }
 
@@ -522,7 +529,9 @@ impl Device {
     /// the same. Calls that begin later are not concerned: whoever wants a thread to stop tells it so first, and interrupts
     /// again until it has, since the thread may have been just about to call. Takes locks: not for signal handlers.
     pub fn interrupt(&self) {
-        self.waiting.interrupt();
-        self.slot_back.notify_all();
+        if self.owner.check().is_ok() {
+            self.waiting.interrupt();
+            self.slot_back.notify_all();
+        }
     }
 }

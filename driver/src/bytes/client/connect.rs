@@ -7,13 +7,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, socket,
+};
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{Failure, Info, Result};
 use super::Options;
-use super::fork::Entered;
+use super::fork::Private;
 use crate::format::byte_ring::{
     HelloImage, RingLayout, SOLE_WRITER, WELCOME_MAGIC, WIRE_VERSION, WelcomeImage, text_of,
 };
@@ -28,10 +30,9 @@ pub const RUN_DIR: &str = "/run/tidegate";
 
 /// A session, as the server gave it.
 pub(super) struct Connected {
-    pub entered: Entered,
-    pub socket: UnixStream,
+    pub socket: Private<UnixStream>,
     pub bell: File,
-    pub memory: SharedMap,
+    pub memory: Private<SharedMap>,
     pub layout: RingLayout,
     pub session: u16,
     pub info: Info,
@@ -62,8 +63,11 @@ pub(super) fn connect(target: &str, options: &Options) -> Result<Connected> {
         return Err(Failure::new(libc::EINVAL, "name a volume, or the path of its socket"));
     }
     let path = socket_path(target);
-    let (socket, entered) = Entered::socket()?;
-    let socket = reach(socket, &path).map_err(|e| match e.raw_os_error() {
+    let socket = Private::new(|| {
+        let made = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+        made.map(UnixStream::from).map_err(|e| Failure::new(e as i32, format!("cannot make a socket: {e}")))
+    })?;
+    reach(&socket, &path).map_err(|e| match e.raw_os_error() {
         Some(errno @ (libc::ENOENT | libc::ECONNREFUSED)) => {
             let what = format!(
                 "nobody serves {}: attach the volume with `tidegate attach NAME --bytes`",
@@ -93,17 +97,17 @@ pub(super) fn connect(target: &str, options: &Options) -> Result<Connected> {
         let errno = welcome.errno.get().clamp(1, 4095);
         return Err(Failure::new(errno, format!("volume '{target}': {}", text_of(&welcome.message))));
     }
-    session_of(socket, entered, &welcome, descriptors).ok_or_else(|| {
+    session_of(socket, &welcome, descriptors).ok_or_else(|| {
         Failure::new(libc::EPROTO, format!("the server of '{target}' gave a session that makes no sense"))
     })?
 }
 
 /// As `UnixStream::connect`.
-fn reach(socket: OwnedFd, path: &Path) -> std::io::Result<UnixStream> {
+fn reach(socket: &UnixStream, path: &Path) -> std::io::Result<()> {
     let address = UnixAddr::new(path)?;
     loop {
         match nix::sys::socket::connect(socket.as_raw_fd(), &address) {
-            Ok(()) => return Ok(socket.into()),
+            Ok(()) => return Ok(()),
             Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -139,8 +143,7 @@ fn own(fd: std::os::fd::RawFd) -> OwnedFd {
 
 /// `None` if the welcome does not fit together.
 fn session_of(
-    socket: UnixStream,
-    entered: Entered,
+    socket: Private<UnixStream>,
     welcome: &WelcomeImage,
     descriptors: Vec<OwnedFd>,
 ) -> Option<Result<Connected>> {
@@ -160,11 +163,10 @@ fn session_of(
         volume_uuid: Uuid::from_bytes(welcome.volume_uuid),
     };
     let open = || {
-        let memory = entered
-            .map(|| SharedMap::open(memory, layout.memory_bytes()))
-            .map_err(|e| Failure::new(libc::EPROTO, e.report()))?;
+        let map = || SharedMap::open(memory, layout.memory_bytes());
+        let memory = Private::new(|| map().map_err(|e| Failure::new(libc::EPROTO, e.report())))?;
         socket.set_read_timeout(None).map_err(|e| failed("cannot set up the socket of", &info.name, &e))?;
-        Ok(Connected { entered, socket, bell: bell.into(), memory, layout, session, info })
+        Ok(Connected { socket, bell: bell.into(), memory, layout, session, info })
     };
     Some(open())
 }

@@ -13,6 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, recv};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::fork::Private;
 use crate::base::patience::Patience;
 
 /// How long a thread looks for an answer before it sleeps: about what it costs both sides if it has to be woken.
@@ -59,7 +60,7 @@ pub(in crate::bytes) trait Ground {
 /// What the kernel gives.
 #[derive(Debug)]
 pub(in crate::bytes) struct Kernel {
-    socket: UnixStream,
+    socket: Private<UnixStream>,
     bell: File,
     nudge: EventFd,
     turn: Mutex<Turn>,
@@ -68,7 +69,7 @@ pub(in crate::bytes) struct Kernel {
 }
 
 impl Kernel {
-    pub fn new(socket: UnixStream, bell: File) -> Result<Kernel, Errno> {
+    pub fn new(socket: Private<UnixStream>, bell: File) -> Result<Kernel, Errno> {
         let nudge = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Kernel {
             socket,

@@ -14,7 +14,7 @@ const SLOT_PATIENCE: Duration = Duration::from_millis(100);
 impl Device {
     /// Reads. More than 64 KiB at once is read in parts.
     pub fn read(&self, offset: u64, mut into: &mut [u8]) -> Result<()> {
-        let limit = self.limit(None);
+        let limit = self.limit(None)?;
         let slot_bytes = self.parts.read_slot as usize;
         let mut at = offset;
         while !into.is_empty() {

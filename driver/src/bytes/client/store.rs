@@ -39,6 +39,9 @@ impl ByteStore for &Device {
     fn durable(&self) -> Ticket {
         // Completions tell of a failure before the word does that passes it; so the word is looked at first.
         let durable = Device::durable(self);
+        if self.owner.check().is_err() {
+            return durable;
+        }
         match self.collect_and(|reaper| reaper.failed) {
             Some(failed) if failed.ticket <= durable => Ticket(failed.ticket.0 - 1),
             _ => durable,

@@ -9,10 +9,13 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::super::{Failure, Result};
+use super::fork::Private;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Watch {
-    either: Epoll,
+    either: Private<Epoll>,
     /// Readable while completions were taken from the ring and not by the program.
     ready: EventFd,
     /// Nobody has to be told unless the program has asked for the descriptor.
@@ -22,11 +25,14 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub fn new(socket: &UnixStream) -> Result<Watch, Errno> {
-        let either = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let ready = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        either.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        either.add(&ready, EpollEvent::new(EpollFlags::EPOLLIN, 1))?;
+    pub fn new(socket: &UnixStream) -> Result<Watch> {
+        let failed =
+            |e: Errno| Failure::new(e as i32, format!("cannot make the descriptor that programs poll: {e}"));
+        let either = Private::new(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed))?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let ready = EventFd::from_flags(flags).map_err(failed)?;
+        either.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(failed)?;
+        either.add(&ready, EpollEvent::new(EpollFlags::EPOLLIN, 1)).map_err(failed)?;
         Ok(Watch { either, ready, is_on: AtomicBool::new(false), is_told: AtomicBool::new(false) })
     }
 
