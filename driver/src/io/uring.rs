@@ -238,7 +238,7 @@ impl Reactor {
         self.slab.len() + self.ended.len()
     }
 
-    /// Makes a table of `count` empty buffers, which the kernel fills with what clients hand in: [`Memory::Client`].
+    /// Makes a table of `count` empty buffers, which the kernel fills with what clients hand in: [`super::Memory::Client`].
     pub fn reserve_buffers(&mut self, count: u32) -> Result<()> {
         self.ring
             .submitter()

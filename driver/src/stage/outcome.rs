@@ -58,12 +58,12 @@ pub enum Outcome {
         /// The request.
         tag: u32,
     },
-    /// What a door asked to be told of with [`Core::tell_when_published`] has come about.
+    /// What a door asked to be told of with [`super::core::Core::tell_when_published`] has come about.
     Published {
         /// The door.
         door: DoorId,
     },
-    /// Write a group to the log device, durably, and report with [`Core::log_written`].
+    /// Write a group to the log device, durably, and report with [`super::core::Core::log_written`].
     WriteLog(ClosedGroup),
     /// The background has something to do.
     KickBackground,
