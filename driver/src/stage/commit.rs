@@ -39,6 +39,8 @@ enum State {
     Writing,
     Written,
     Failed,
+    /// Being written once more.
+    Retried,
 }
 
 /// The committer.
@@ -81,6 +83,12 @@ impl Committer {
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.first_failed().is_some()
+    }
+
+    /// Whether a group has failed and was not written since: between [`Committer::retry`] and its end, too.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.begun.iter().any(|(_, state)| matches!(state, State::Failed | State::Retried))
     }
 
     /// LSN of the first record that such a group holds.
@@ -156,7 +164,7 @@ impl Committer {
             );
             return;
         };
-        assert_eq!(*state, State::Writing, "one write of a group at a time");
+        assert!(matches!(state, State::Writing | State::Retried), "one write of a group at a time");
         *state = if ok { State::Written } else { State::Failed };
     }
 
@@ -174,7 +182,7 @@ impl Committer {
     /// The groups that failed, to be written again.
     pub fn retry(&mut self) -> impl Iterator<Item = ClosedGroup> {
         self.begun.iter_mut().filter(|(_, state)| *state == State::Failed).map(|(group, state)| {
-            *state = State::Writing;
+            *state = State::Retried;
             *group
         })
     }

@@ -469,10 +469,16 @@ impl Core {
         Lsn(self.ring.next_lsn().0 - 1)
     }
 
-    /// Whether the log device fails.
+    /// Whether a write of the log has failed and was not begun again.
     #[must_use]
     pub fn log_has_failed(&self) -> bool {
         self.committer.has_failed()
+    }
+
+    /// Whether the log device fails, as far as is known: until what failed was written again.
+    #[must_use]
+    pub fn log_is_failing(&self) -> bool {
+        self.committer.is_failing()
     }
 
     /// Requests that wait for space.

@@ -300,8 +300,10 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
         outcomes.iter().any(|o| matches!(o, Outcome::WriteLog(g) if *g == group)),
         "the same group again"
     );
+    assert!(!core.log_has_failed() && core.log_is_failing(), "it fails until this write has ended well");
     outcomes.clear();
     core.log_written(group.group_seq, Ok(()), 0);
+    assert!(!core.log_is_failing());
     core.take_outcomes(&mut outcomes);
     assert!(matches!(outcomes[0], Outcome::Complete { tag: 0, result: Ok(()), .. }));
     assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");

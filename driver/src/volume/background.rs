@@ -241,9 +241,12 @@ impl Background {
 
     fn retry_log(&mut self, now_ns: u64) {
         let mut core = self.shared.core.lock();
-        self.status.log_fails = core.log_has_failed();
+        self.status.log_fails = core.log_is_failing();
         if !self.status.log_fails {
             self.log_retry = BackOff::default();
+            return;
+        }
+        if !core.log_has_failed() {
             return;
         }
         if self.log_retry.until_ns == 0 {

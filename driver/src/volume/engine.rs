@@ -357,7 +357,7 @@ impl Engine {
         let geometry = self.shared.geometry;
         let (health, problem) = if let Some(damage) = &background.damage {
             (Health::Damaged, Some(damage.clone()))
-        } else if core.log_has_failed() {
+        } else if core.log_is_failing() {
             (Health::LogError, Some("the stage's log device fails; writing is retried".to_owned()))
         } else if let Some((volume, problem)) = &background.backing_problem {
             let name = volumes.get(volume).map_or_else(|| volume.to_string(), |v| v.info.name.clone());
