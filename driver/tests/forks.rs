@@ -6,13 +6,16 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::time::TimeValLike;
+use nix::unistd::Pid;
 use parking_lot::Mutex;
+use support::child::status_of;
 use support::{Place, V1};
 use tidegate_driver::bytes::client::{Device, Options};
 use tidegate_driver::bytes::gate::{Access, Gate};
@@ -20,24 +23,20 @@ use tidegate_driver::bytes::ties::Ties;
 use tidegate_driver::bytes::{Completion, Failure, Operation, Submission};
 use tidegate_driver::format::volume_entry::AckLevel;
 
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Sockets of other tests would be taken for the client's.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// How a child ended that did this; what it gives is the exit status.
-#[expect(unsafe_code, reason = "forks")]
-fn status_of(child: impl FnOnce() -> i32) -> i32 {
-    let mut status = 0;
-    // SAFETY: the child uses what goes through a fork, and ends without the exit handlers of this process.
-    unsafe {
-        let pid = libc::fork();
-        assert!(pid >= 0);
-        if pid == 0 {
-            libc::alarm(20);
-            libc::_exit(child());
-        }
-        assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
+/// Waits until a thread of this process sleeps: here, in a call that waits for a server that has nothing to say.
+fn until_it_sleeps(thread: Pid) {
+    let sleeps = || {
+        let line = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+        line.rsplit_once(") ").unwrap().1.starts_with('S')
+    };
+    while !sleeps() {
+        thread::yield_now();
     }
-    status
 }
 
 fn served(place: &Place) -> (Gate, String) {
@@ -68,7 +67,7 @@ fn a_child_keeps_files_that_have_numbers_of_sockets_that_were_closed() {
             }
         });
         let statuses = (0..2000).map(|_| {
-            status_of(|| match file.load(Ordering::SeqCst) {
+            status_of(PATIENCE, || match file.load(Ordering::SeqCst) {
                 -1 => 0,
                 #[expect(unsafe_code, reason = "a descriptor of a thread that is not here")]
                 fd => {
@@ -98,8 +97,10 @@ fn a_child_can_do_nothing_with_a_session_and_its_parent_does_not_notice() {
     let polled = device.event_fd().as_raw_fd();
     let refused =
         |result: Result<(), Failure>| result.is_err_and(|failure| failure.errno.0 == libc::ENOTCONN);
+    let (tell, number) = mpsc::channel();
     thread::scope(|scope| {
         let leader = scope.spawn(|| {
+            tell.send(nix::unistd::gettid()).unwrap();
             let used = || {
                 let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
                 (usage.user_time() + usage.system_time()).num_milliseconds()
@@ -108,8 +109,8 @@ fn a_child_can_do_nothing_with_a_session_and_its_parent_does_not_notice() {
             let count = device.reap(&mut [Completion::default()], Some(Duration::from_millis(1500))).unwrap();
             (count, used() - before)
         });
-        thread::sleep(Duration::from_millis(300));
-        let status = status_of(|| {
+        until_it_sleeps(number.recv().unwrap());
+        let status = status_of(PATIENCE, || {
             let nothing = Submission { operation: Operation::Flush as u8, ..Submission::default() };
             let some = &mut [Completion::default()];
             device.interrupt();

@@ -22,9 +22,9 @@ struct Map {
 
 impl Map {
     fn new(len: usize, protection: i32, flags: i32, fd: i32, offset: u64) -> io::Result<Map> {
+        let (anywhere, offset) = (std::ptr::null_mut(), offset as libc::off_t);
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let base =
-            unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, offset as libc::off_t) };
+        let base = unsafe { libc::mmap(anywhere, len, protection, flags, fd, offset) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

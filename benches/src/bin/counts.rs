@@ -9,11 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
-use tidegate_driver::format::arena::ArenaIdentity;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::{Disk, Done, Errno, Op, OpKind, Target};
-use tidegate_driver::recovery::{ArenaSource, Environment, open};
-use tidegate_driver::stage::arena::Arena;
+use tidegate_driver::recovery::{Environment, OwnArenas, open};
 use tidegate_driver::stage::core::DoorId;
 use tidegate_driver::volume::admin::{self, NewVolume, StageOptions};
 use tidegate_driver::volume::background::Background;
@@ -83,17 +81,6 @@ impl Wake for Still {
     }
 }
 
-struct Fresh;
-
-impl ArenaSource for Fresh {
-    fn find(&mut self, _: &ArenaIdentity, _: u64) -> Result<Option<Arena>> {
-        Ok(None)
-    }
-    fn make(&mut self, identity: &ArenaIdentity, _: u64) -> Result<Arena> {
-        Arena::anonymous(identity)
-    }
-}
-
 /// A client that writes one block of sevens, and its operations in flight.
 struct Io {
     payload: Vec<u8>,
@@ -147,7 +134,7 @@ impl Bench {
         let info = admin::add_volume(&stage, &backing, new)?;
         let disks: BTreeMap<VolumeId, &dyn Disk> = BTreeMap::from([(info.id, &backing as &dyn Disk)]);
         let environment = Environment { boot_id: fixed, arena_id: 9, accept_loss: false, forget: None };
-        let opened = open(&stage, &disks, &mut Fresh, environment)?;
+        let opened = open(&stage, &disks, &mut OwnArenas, environment)?;
         let kicked = Arc::new(Still::default());
         let clock = Arc::new(Still::default());
         let shared =

@@ -22,6 +22,8 @@ pub const PAYLOAD_BYTES_MAX: u32 = 1 << 20;
 pub const GROUP_BYTES_MAX: u32 = 1 << 20;
 /// Most groups that have begun to be written and are not durable.
 pub const GROUPS_IN_FLIGHT_MAX: usize = 2;
+/// What numbers that only grow (LSNs, sequence numbers, incarnations) stay below: a billion a second take 146 years to it.
+pub const NUMBER_MAX: u64 = 1 << 62;
 /// Most extents all indexes of a stage may hold (bounds the memory beside the arena, see P6).
 pub const INDEX_EXTENTS_MAX: usize = 768 << 10;
 

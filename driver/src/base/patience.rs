@@ -39,6 +39,43 @@ impl Patience {
     }
 }
 
+/// A look that goes on over several questions, with the time told by whoever asks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    since_ns: Option<u64>,
+    patience: Patience,
+}
+
+impl Look {
+    /// Whether one is going on.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.since_ns.is_some()
+    }
+
+    /// Whether to look (on) at `now_ns`: for `span_ns` from when it began. Where none is going on, one begins if it may pay.
+    pub fn goes_on(&mut self, now_ns: u64, span_ns: u64) -> bool {
+        match self.since_ns {
+            Some(since_ns) => now_ns.saturating_sub(since_ns) < span_ns,
+            None => {
+                self.since_ns = self.patience.attempts().then_some(now_ns);
+                self.is_on()
+            }
+        }
+    }
+
+    /// It is over, if one was going on: whether one was.
+    pub fn ends(&mut self, paid: bool) -> bool {
+        let was_on = self.since_ns.take().is_some();
+        match (was_on, paid) {
+            (true, true) => self.patience.paid(),
+            (true, false) => self.patience.in_vain(),
+            (false, _) => {}
+        }
+        was_on
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

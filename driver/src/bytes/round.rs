@@ -9,7 +9,7 @@
 
 use super::session::{Next, Progress, Session};
 use crate::base::mutation::{Mutation, is};
-use crate::base::patience::Patience;
+use crate::base::patience::Look;
 use crate::volume::{Door, DoorIo, RequestKind, VolumeDoor};
 
 /// Submissions fed between two looks at everything else.
@@ -68,9 +68,8 @@ pub fn progress(door: &VolumeDoor) -> Progress {
 pub struct Rounds {
     client_gone: bool,
     end: Option<End>,
-    /// When the thread began to look for the client's answer.
-    lingers_since_ns: Option<u64>,
-    linger: Patience,
+    /// The thread's look for the client's answer.
+    look: Look,
 }
 
 impl Rounds {
@@ -143,22 +142,14 @@ impl Rounds {
     /// Whether to look at the ring for a while longer, after a round that led from `before` to `after`.
     fn lingers(&mut self, before: Activity, after: Activity, now_ns: u64) -> bool {
         let came = after.taken != before.taken;
-        if let Some(since_ns) = self.lingers_since_ns {
-            if !came && now_ns.saturating_sub(since_ns) < LINGER_NS {
+        if self.look.is_on() {
+            if !came && self.look.goes_on(now_ns, LINGER_NS) {
                 return true;
             }
-            self.lingers_since_ns = None;
-            if came {
-                self.linger.paid();
-            } else {
-                self.linger.in_vain();
-            }
+            self.look.ends(came);
         }
         let told = after.completed != before.completed;
-        if told && self.linger.attempts() {
-            self.lingers_since_ns = Some(now_ns);
-        }
-        self.lingers_since_ns.is_some()
+        told && self.look.goes_on(now_ns, LINGER_NS)
     }
 }
 

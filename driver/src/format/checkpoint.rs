@@ -28,7 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::geometry::CHECKPOINT_SLOTS;
 use super::region::RegionStart;
-use super::{Sealed, VERSION};
+use super::{Sealed, VERSION, may_grow};
 use crate::base::limits::VOLUMES_MAX;
 use crate::base::{Lsn, RegionSeq, VolumeId};
 
@@ -139,7 +139,9 @@ impl Checkpoint {
             && image.slot.get() == slot
             && checkpoint.slot() == slot
             && checkpoint.head.seq.0 > 0
-            && checkpoint.head.first_lsn.0 > 0;
+            && checkpoint.head.first_lsn.0 > 0
+            && checkpoint.head.may_grow()
+            && may_grow(&[checkpoint.sequence, checkpoint.lsn.0]);
         valid.then_some(checkpoint)
     }
 }

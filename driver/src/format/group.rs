@@ -32,7 +32,7 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::Sealed;
+use super::{Sealed, may_grow};
 use crate::base::{Lsn, RegionSeq};
 
 /// Size of a group header.
@@ -146,7 +146,8 @@ impl Group {
     #[must_use]
     pub fn decode(bytes: &[u8], salt: u64) -> Option<Group> {
         let header = GroupHeader::open(bytes, salt)?;
-        (header.magic.get() == GROUP_MAGIC).then(|| Group {
+        let numbers = [header.group_seq, header.region_seq, header.first_lsn, header.checkpoint_lsn];
+        (header.magic.get() == GROUP_MAGIC && may_grow(&numbers.map(U64::get))).then(|| Group {
             record_count: header.record_count.get(),
             group_seq: header.group_seq.get(),
             region: RegionSeq(header.region_seq.get()),

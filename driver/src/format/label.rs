@@ -26,7 +26,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::volume_entry::NAME_BYTES_MAX;
-use super::{Sealed, VERSION, text_from, text_into};
+use super::{Sealed, VERSION, may_grow, text_from, text_into};
 use crate::base::units::align_up;
 use crate::base::{Error, ErrorKind, Lsn, Result};
 
@@ -146,6 +146,7 @@ impl Label {
             flushed_lsn: Lsn(image.flushed_lsn.get()),
             name: text_from(&image.name),
         };
-        Ok((label.slot() == slot).then_some(label))
+        let valid = label.slot() == slot && may_grow(&[label.sequence, label.flushed_lsn.0]);
+        Ok(valid.then_some(label))
     }
 }

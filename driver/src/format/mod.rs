@@ -6,6 +6,8 @@
 //!   a later version may use them behind a compatible flag;
 //! - the checksum comes first and covers every byte after itself: nothing else is believed before it matches;
 //! - log structures are seeded with the stage's salt ([`crate::base::checksum`]), so they bind to their stage;
+//! - numbers that only grow (LSNs, sequence numbers, incarnations) stay below 2^62 in a valid structure, so that the next one
+//!   is a number too;
 //! - a structure that lives in several slots carries its slot number: a misdirected write does not pass.
 //!
 //! | structure | file | size | where |
@@ -43,9 +45,15 @@ mod tests;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::base::checksum::crc64_salted;
+use crate::base::limits::NUMBER_MAX;
 
 /// The format version this build writes, and the newest it reads.
 pub const VERSION: u32 = 1;
+
+/// Whether these are numbers that may be counted on from.
+fn may_grow(numbers: &[u64]) -> bool {
+    numbers.iter().all(|number| *number < NUMBER_MAX)
+}
 
 /// A structure whose first eight bytes are the checksum of the rest.
 pub trait Sealed: FromBytes + IntoBytes + Immutable + KnownLayout + Sized {

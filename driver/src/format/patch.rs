@@ -33,7 +33,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::VERSION;
+use super::{VERSION, may_grow};
 use crate::base::checksum::{crc64, crc64_salted};
 use crate::base::units::align_up;
 use crate::base::{Lsn, VolumeId};
@@ -141,7 +141,7 @@ pub fn encode_patches(images: &[PatchImage], epoch_end: Lsn, salt: u64) -> Align
 #[must_use]
 pub fn decode_patches(zone: &[u8], salt: u64) -> Option<(Lsn, Vec<PatchImage>)> {
     let (header, _) = PatchHeader::read_from_prefix(zone).ok()?;
-    if header.magic.get() != PATCH_MAGIC {
+    if header.magic.get() != PATCH_MAGIC || !may_grow(&[header.epoch_end.get()]) {
         return None;
     }
     let count = header.image_count.get() as usize;

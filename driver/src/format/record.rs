@@ -26,7 +26,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::Sealed;
+use super::{Sealed, may_grow};
 use crate::base::limits::VOLUME_BYTES_MAX;
 use crate::base::units::align_up;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
@@ -184,7 +184,8 @@ impl Record {
         let end = start.checked_add(header.length.get())?;
         let fits = kind.lengths_fit(header.length.get(), header.payload_bytes.get())
             && end <= VOLUME_BYTES_MAX
-            && header.lsn.get() > 0;
+            && header.lsn.get() > 0
+            && may_grow(&[header.lsn.get()]);
         (fits && header.region_low.get() == region.0 as u32).then(|| Record {
             lsn: Lsn(header.lsn.get()),
             volume: VolumeId(header.volume.get()),

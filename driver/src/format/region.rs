@@ -59,7 +59,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::record::{Record, RecordKind};
-use super::{Sealed, VERSION};
+use super::{Sealed, VERSION, may_grow};
 use crate::base::limits::VOLUME_BYTES_MAX;
 use crate::base::units::align_up;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
@@ -135,16 +135,23 @@ impl RegionStart {
     pub fn decode(bytes: &[u8], salt: u64, slot: u32, region_count: u32) -> Option<RegionStart> {
         let header = RegionHeader::open(bytes, salt)?;
         let seq = RegionSeq(header.region_seq.get());
-        let valid = header.magic.get() == REGION_MAGIC
-            && header.slot.get() == slot
-            && seq.0 > 0
-            && header.first_lsn.get() > 0
-            && seq.slot(region_count) == slot;
-        valid.then(|| RegionStart {
+        let start = RegionStart {
             seq,
             first_lsn: Lsn(header.first_lsn.get()),
             first_group_seq: header.first_group_seq.get(),
-        })
+        };
+        let valid = header.magic.get() == REGION_MAGIC
+            && header.slot.get() == slot
+            && seq.0 > 0
+            && start.first_lsn.0 > 0
+            && start.may_grow()
+            && seq.slot(region_count) == slot;
+        valid.then_some(start)
+    }
+
+    /// Whether there can be a region behind it.
+    pub(super) fn may_grow(&self) -> bool {
+        may_grow(&[self.seq.0, self.first_lsn.0, self.first_group_seq])
     }
 }
 

@@ -40,7 +40,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use super::geometry::{Geometry, SUPERBLOCK_COPIES, SUPERBLOCK_SLOT_BYTES};
 use super::volume_entry::{VolumeEntry, VolumeInfo};
-use super::{Sealed, VERSION};
+use super::{Sealed, VERSION, may_grow};
 use crate::base::limits::VOLUMES_MAX;
 use crate::base::{Error, ErrorKind, Lsn, Result};
 
@@ -168,7 +168,18 @@ impl Superblock {
     pub fn decode(bytes: &[u8], copy: u32) -> Result<Option<Superblock>> {
         // On the heap: a copy is too large for the stack of a small thread.
         let Ok((image, _)) = SuperblockImage::ref_from_prefix(bytes) else { return Ok(None) };
-        if image.magic != SUPERBLOCK_MAGIC || !image.is_sealed(0) || image.copy.get() != copy {
+        let numbers = [
+            image.sequence,
+            image.incarnation,
+            image.incarnation_group_seq,
+            image.incarnation_lsn,
+            image.closed_lsn,
+        ];
+        if image.magic != SUPERBLOCK_MAGIC
+            || !image.is_sealed(0)
+            || image.copy.get() != copy
+            || !may_grow(&numbers.map(U64::get))
+        {
             return Ok(None);
         }
         if image.version.get() > VERSION || image.incompatible.get() != 0 {

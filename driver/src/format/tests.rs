@@ -18,6 +18,7 @@ use super::superblock::{StageState, Superblock};
 use super::volume_entry::{AckLevel, OnLogError, VolumeInfo};
 use super::{Sealed, text_into};
 use crate::base::checksum::crc64;
+use crate::base::limits::NUMBER_MAX;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 
 const SALT: u64 = 0x0123_4567_89ab_cdef;
@@ -333,6 +334,38 @@ fn newer_versions_are_refused_by_name() {
 }
 
 #[test]
+fn numbers_that_have_no_next_one_are_refused() {
+    let large = NUMBER_MAX;
+    for change in [
+        |s: &mut Superblock| s.sequence = NUMBER_MAX,
+        |s: &mut Superblock| s.incarnation = NUMBER_MAX,
+        |s: &mut Superblock| s.incarnation_group_seq = NUMBER_MAX,
+        |s: &mut Superblock| s.incarnation_lsn = Lsn(NUMBER_MAX),
+        |s: &mut Superblock| s.closed_lsn = Lsn(NUMBER_MAX),
+    ] {
+        let mut image = superblock();
+        change(&mut image);
+        assert!(Superblock::decode(image.encode(0).as_bytes(), 0).unwrap().is_none());
+    }
+    let mut image = label();
+    image.flushed_lsn = Lsn(large);
+    assert!(Label::decode(image.encode().as_bytes(), 1).unwrap().is_none());
+    let mut image = label();
+    image.sequence |= large;
+    assert!(Label::decode(image.encode().as_bytes(), 1).unwrap().is_none());
+    let mut image = checkpoint();
+    image.lsn = Lsn(large);
+    assert!(Checkpoint::decode(image.encode(SALT).as_bytes(), SALT, image.slot()).is_none());
+    let last = RegionStart { first_group_seq: large, ..start() };
+    let slot = last.seq.slot(8);
+    assert!(RegionStart::decode(last.encode(SALT, slot).as_bytes(), SALT, slot, 8).is_none());
+    let last = Group { group_seq: large, ..group() };
+    assert!(Group::decode(last.encode(SALT).as_bytes(), SALT).is_none());
+    assert!(decode_patches(&encode_patches(&[], Lsn(large), SALT), SALT).is_none());
+    assert!(decode_patches(&encode_patches(&[], Lsn(large - 1), SALT), SALT).is_some());
+}
+
+#[test]
 fn a_footer_whose_table_does_not_fit_is_refused() {
     let info = TableInfo { data_end: 4 << 20, ..table() };
     let footer: Footer = info.encode(SALT);
@@ -344,7 +377,7 @@ fn a_footer_whose_table_does_not_fit_is_refused() {
 proptest! {
     #[test]
     fn records_survive_a_round_trip(
-        lsn in 1u64.., volume: u16, code in 1u8..=5, start in 0u64..1 << 61, len in 0u32..1 << 21, seq in 1u64..,
+        lsn in 1..NUMBER_MAX, volume: u16, code in 1u8..=5, start in 0u64..1 << 61, len in 0u32..1 << 21, seq in 1u64..,
         crc: u64, ts: u64,
     ) {
         let kind = RecordKind::from_code(code).unwrap();

@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::open::check_label;
+use super::patches::misplaced;
 use super::superblocks;
 use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
 use crate::format::checkpoint::Checkpoint;
@@ -427,15 +428,7 @@ fn check_patches(
             format!("the patch zone is of an epoch that ends at LSN {epoch_end}, behind the end of the log");
         report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
     }
-    for image in &images {
-        let volume = superblock.volumes.iter().find(|v| v.id == image.volume);
-        let end = image.offset.saturating_add(image.bytes.len() as u64);
-        if volume.is_some_and(|v| end > label_offset(v.size_bytes, 0)) {
-            let what = format!(
-                "the patch zone holds an image for bytes {}..{end}, behind the end of volume {}",
-                image.offset, image.volume
-            );
-            report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
-        }
+    for what in images.iter().filter_map(|image| misplaced(image, superblock)) {
+        report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
     }
 }

@@ -11,16 +11,18 @@
 //! | end of the log | superblock, checkpoint, labels | judgement |
 //! |---|---|---|
 //! | below the checkpoint | – | damage |
+//! | below the group at which the superblock says that the incarnation began | – | damage |
 //! | below the LSN of an orderly close | closed | damage |
 //! | below a backing's label | – | the stage is an old copy |
 //! | – | a label below the checkpoint's entry | the backing is an old copy |
 //!
-//! Known limit: of the last group, and of the one that was in flight with it, damage cannot be told from tearing by the log
-//! alone.
+//! Known limit: of the last group since the stage was opened, and of the one that was in flight with it, damage cannot be told
+//! from tearing by the log alone.
 
 pub mod check;
 pub mod inspect;
 pub mod open;
+mod patches;
 #[cfg(any(test, feature = "samples"))]
 pub mod sample_stage;
 pub mod scan;
@@ -31,4 +33,4 @@ mod tests;
 
 pub use check::{CheckReport, Problem, check};
 pub use inspect::{Structure, inspect, inspect_with};
-pub use open::{ArenaSource, Environment, Opened, open};
+pub use open::{ArenaSource, Environment, Opened, OwnArenas, open};

@@ -18,15 +18,13 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::scan::{Found, ScannedLog, rules_of, scan};
-use super::superblocks;
+use super::{patches, superblocks};
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::flush::epoch::FlushTarget;
 use crate::format::arena::ArenaIdentity;
 use crate::format::checkpoint::Checkpoint;
-use crate::format::geometry::PATCH_OFFSET;
 use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
-use crate::format::patch::decode_patches;
 use crate::format::region::RegionStart;
 use crate::format::superblock::{StageState, Superblock};
 use crate::format::volume_entry::{AckLevel, VolumeInfo};
@@ -44,6 +42,19 @@ pub trait ArenaSource {
     fn find(&mut self, identity: &ArenaIdentity, salt: u64) -> Result<Option<Arena>>;
     /// A new arena.
     fn make(&mut self, identity: &ArenaIdentity, salt: u64) -> Result<Arena>;
+}
+
+/// Arenas of this process alone: none is found, and new ones end with it.
+#[derive(Debug)]
+pub struct OwnArenas;
+
+impl ArenaSource for OwnArenas {
+    fn find(&mut self, _: &ArenaIdentity, _: u64) -> Result<Option<Arena>> {
+        Ok(None)
+    }
+    fn make(&mut self, identity: &ArenaIdentity, _: u64) -> Result<Arena> {
+        Arena::anonymous(identity)
+    }
 }
 
 /// What opening needs to know of the machine.
@@ -115,6 +126,7 @@ pub fn open(
         report.arena_used = true;
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
     }
+    let patches = patches::pending(stage, &superblock, &log.checkpoint)?;
     check_staged(&indexes, &mut unusable)?;
     if targets.is_empty()
         && let Some((_, error)) = unusable.pop_first()
@@ -122,15 +134,20 @@ pub fn open(
         return Err(error);
     }
 
+    // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
+    let usable: BTreeMap<VolumeId, &dyn Disk> = backings
+        .iter()
+        .filter(|(id, _)| targets.contains_key(id))
+        .map(|(id, backing)| (*id, *backing))
+        .collect();
     if !is(Mutation::RecoveryDoesNotSync) {
         stage.sync()?;
-        // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
-        for (_, backing) in backings.iter().filter(|(id, _)| targets.contains_key(id)) {
+        for backing in usable.values() {
             backing.sync()?;
         }
     }
     report.superblocks_repaired = superblocks::repair(stage, &read)?;
-    report.patches_restored = restore_patches(stage, &superblock, &log.checkpoint, backings, &targets)?;
+    report.patches_restored = patches::restore(&patches, &usable)?;
 
     superblock.sequence += 1;
     superblock.incarnation += 1;
@@ -394,34 +411,6 @@ fn find_arena(
              lost. Bring the arena file back, or attach with --accept-loss to go on from what the log device holds"
         ),
     ))
-}
-
-fn restore_patches(
-    stage: &dyn Disk,
-    superblock: &Superblock,
-    checkpoint: &Checkpoint,
-    backings: &BTreeMap<VolumeId, &dyn Disk>,
-    targets: &BTreeMap<VolumeId, FlushTarget>,
-) -> Result<u64> {
-    let mut zone = vec![0; superblock.geometry.patch_bytes as usize];
-    stage.read(PATCH_OFFSET, &mut zone)?;
-    let Some((epoch_end, images)) = decode_patches(&zone, superblock.salt) else { return Ok(0) };
-    if epoch_end <= checkpoint.lsn || is(Mutation::PatchesAreNotRestored) {
-        return Ok(0);
-    }
-    let mut restored = 0;
-    for image in &images {
-        if let Some(backing) = backings.get(&image.volume).filter(|_| targets.contains_key(&image.volume)) {
-            backing.write(image.offset, &image.bytes)?;
-            restored += 1;
-        }
-    }
-    for (id, backing) in backings {
-        if targets.contains_key(id) && images.iter().any(|image| image.volume == *id) {
-            backing.sync()?;
-        }
-    }
-    Ok(restored)
 }
 
 /// Puts the bytes of the log's last region into a new arena.

@@ -232,6 +232,17 @@ impl Scanner<'_> {
             log.regions.push(region);
         }
         self.check_nothing_follows(&log)?;
+        if self.rules.was_durable(log.next_group_seq)
+            && !is(Mutation::DamageTakenForTheEnd)
+            && !is(Mutation::LastGroupIsDropped)
+        {
+            let last = log.regions.last().expect("a log has a region");
+            let what = format!(
+                "group {} is invalid, but it was durable when the stage was opened last",
+                log.next_group_seq
+            );
+            return Err(self.damaged(last.start.seq, last.data_end, &what));
+        }
         if log.next_lsn <= log.checkpoint.lsn {
             let last = chain.last().expect("a log has a region").seq;
             let what = format!(

@@ -8,7 +8,7 @@ use super::open::read_label;
 use super::sample_stage::{REGION_COUNT, SampleStage, VOLUME_BYTES};
 use super::scan::scan;
 use super::superblocks;
-use super::{ArenaSource, Environment, open};
+use super::{ArenaSource, Environment, OwnArenas, Problem, check, open};
 use crate::base::checksum::crc64;
 use crate::base::{ByteRange, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::format::arena::ArenaIdentity;
@@ -102,6 +102,29 @@ fn records_that_only_the_arena_holds_need_their_backing_too() {
     assert!(stage.disk.bytes() == before, "a refusal changed the stage");
 }
 
+#[test]
+fn a_patch_behind_a_volume_is_refused_before_anything_is_repaired() {
+    let mut stage = SampleStage::new();
+    stage.begin_region();
+    stage.put_group(&[(RecordKind::Write, 1, 0, 100), (RecordKind::Write, 1, 4096, 100)]);
+    let backings = [1, 2].map(|id| stage.backing(id, Lsn(0)));
+    stage.superblock.volumes[0].size_bytes = 8192;
+    stage.put_superblock();
+    stage.put_patches(Lsn(2));
+    stage.disk.flip(stage.superblock.geometry.superblock_offset(1), 1);
+    let label = stage.backing(1, Lsn(0)).bytes();
+    backings[0].put(8192, &label[8192..]);
+    let disks: BTreeMap<VolumeId, &dyn Disk> =
+        [(VolumeId(1), &backings[0] as &dyn Disk), (VolumeId(2), &backings[1] as &dyn Disk)].into();
+    let s = &stage.superblock;
+    let environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let before = stage.disk.writes();
+    let error = open(&stage.disk, &disks, &mut OwnArenas, environment).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Damaged);
+    assert!(error.report().contains("behind the end of volume 1"), "{}", error.report());
+    assert_eq!(stage.disk.writes(), before, "a refusal changed the stage");
+}
+
 /// The way out when a backing with staged writes is lost: its volume is deleted, the others keep theirs.
 #[test]
 fn a_lost_volume_is_forgotten_while_opening() {
@@ -150,6 +173,34 @@ fn a_torn_group_in_a_new_region_does_not_hide_what_is_known_to_be_flushed() {
     let torn = stage.regions.last().unwrap().groups[0].offset;
     stage.disk.flip(torn + 100, 1);
     assert_eq!(end(&stage), Ok(before - 1));
+}
+
+/// Opening syncs the log before the superblock says where the new incarnation begins, so everything before that was durable,
+/// whatever groups of the incarnation before lie behind it.
+#[test]
+fn what_an_opening_found_was_durable() {
+    for given_up_behind in [false, true] {
+        let mut stage = SampleStage::filled();
+        let last = stage.regions[2].groups[2].offset;
+        if given_up_behind {
+            stage.undurable_before = 1;
+            stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+        }
+        stage.superblock.incarnation += 1;
+        stage.superblock.incarnation_group_seq = 10;
+        stage.superblock.incarnation_lsn = Lsn(37);
+        stage.put_superblock();
+        assert_eq!(end(&stage), Ok(36));
+        stage.disk.flip(last + 8, 1);
+        assert!(
+            end(&stage).is_err(),
+            "the last group is damaged, the log is said to end at {:?}",
+            end(&stage)
+        );
+        let report = check(&stage.disk, &BTreeMap::new()).unwrap();
+        let told = |p: &Problem| p.what.contains("it was durable when the stage was opened last");
+        assert!(report.problems.iter().any(told), "{:#?}", report.problems);
+    }
 }
 
 /// Two groups were in flight when power failed: the first is torn, the second is whole and proves nothing. A third one, which

@@ -32,6 +32,20 @@ pub struct Rules {
 }
 
 impl Rules {
+    /// Whether a group of this number may have been written by the incarnation it names. One that may not was given up: it
+    /// proves nothing that `was_durable` does not tell.
+    #[must_use]
+    pub fn admits_group(&self, group: &Group) -> bool {
+        self.was_durable(group.group_seq) || group.incarnation == self.incarnation as u32
+    }
+
+    /// Whether the group of this number was durable when the stage was opened last, whatever is found in its place now:
+    /// opening syncs the log before the superblock tells where the incarnation begins.
+    #[must_use]
+    pub fn was_durable(&self, group_seq: u64) -> bool {
+        group_seq < self.incarnation_group_seq
+    }
+
     /// Whether a record of this LSN may have been claimed by the incarnation it names.
     #[must_use]
     pub fn admits(&self, record: &Record) -> bool {
@@ -54,8 +68,6 @@ pub struct Expected {
 #[must_use]
 pub fn group_header(image: &[u8], at: u32, expected: Expected, rules: &Rules) -> Option<Group> {
     let group = Group::decode(image.get(at as usize..)?, rules.salt)?;
-    let current =
-        group.group_seq < rules.incarnation_group_seq || group.incarnation == rules.incarnation as u32;
     let fits = group.group_bytes >= GROUP_HEADER_BYTES
         && group.group_bytes.is_multiple_of(rules.block_bytes)
         && (at as usize).checked_add(group.group_bytes as usize).is_some_and(|end| end <= image.len());
@@ -63,7 +75,7 @@ pub fn group_header(image: &[u8], at: u32, expected: Expected, rules: &Rules) ->
         && group.group_seq == expected.group_seq
         && group.first_lsn == expected.first_lsn
         && group.record_count > 0;
-    (current && fits && matches).then_some(group)
+    (rules.admits_group(&group) && fits && matches).then_some(group)
 }
 
 /// Checks the whole group at `at` and appends its records to `records`. `None`, and nothing appended, if it is invalid.
@@ -137,11 +149,7 @@ pub fn later_group(
     group_seq: u64,
     rules: &Rules,
 ) -> Option<(u32, Group)> {
-    (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
-        Group::decode(&image[at as usize..], rules.salt)
-            .filter(|g| g.region == region && g.proves(group_seq))
-            .map(|g| (at, g))
-    })
+    find_group(image, from, region, rules, |group| group.proves(group_seq))
 }
 
 /// Looks from block `from` on for the first group of this region above `group_seq` and not above `last_seq`, whatever it
@@ -154,13 +162,20 @@ pub fn next_group(
     (group_seq, last_seq): (u64, u64),
     rules: &Rules,
 ) -> Option<(u32, Group)> {
+    find_group(image, from, region, rules, |group| group.group_seq > group_seq && group.group_seq <= last_seq)
+}
+
+fn find_group(
+    image: &[u8],
+    from: u32,
+    region: RegionSeq,
+    rules: &Rules,
+    is_wanted: impl Fn(&Group) -> bool,
+) -> Option<(u32, Group)> {
     (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
         Group::decode(&image[at as usize..], rules.salt)
-            .filter(|g| g.region == region && g.group_seq > group_seq && g.group_seq <= last_seq)
-            .filter(|g| {
-                g.group_seq < rules.incarnation_group_seq || g.incarnation == rules.incarnation as u32
-            })
-            .map(|g| (at, g))
+            .filter(|group| group.region == region && rules.admits_group(group) && is_wanted(group))
+            .map(|group| (at, group))
     })
 }
 

@@ -247,7 +247,7 @@ impl Engine {
         let mut next = Superblock { sequence: before.sequence + 1, ..before.clone() };
         change(&mut next);
         let undo = Superblock { sequence: before.sequence + 2, ..before };
-        let log_fails = self.shared.core.lock().log_has_failed();
+        let log_fails = self.shared.core.lock().log_is_failing();
         SuperblockUpdate { stage: self.stage.clone(), log_fails, next, undo }
     }
 
@@ -267,7 +267,7 @@ impl Engine {
         loop {
             let (checkpoint, durable, log_failed) = {
                 let core = self.shared.core.lock();
-                (core.checkpoint(), core.durable(), core.log_has_failed())
+                (core.checkpoint(), core.durable(), core.log_is_failing())
             };
             if done(checkpoint, durable) {
                 return Ok(());

@@ -3,9 +3,9 @@
 //! Clients that had n requests answered by one write of the log tend to ask n again at once, one after the other. Were the
 //! log written with the first of them alone, the others would wait for two writes. So as long as some of those answered have
 //! not come back, the door's thread looks for them a little longer: for a quarter of the time that a write takes, and not if
-//! that was in vain before (see [`Patience`]). A client with one request in flight never waits for this.
+//! that was in vain before (see [`Look`]). A client with one request in flight never waits for this.
 
-use crate::base::patience::Patience;
+use crate::base::patience::Look;
 
 /// Longest look in nanoseconds, however slow the log is.
 const LOOK_NS_MAX: u64 = 50_000;
@@ -15,9 +15,7 @@ const LOOK_NS_MAX: u64 = 50_000;
 pub(super) struct Gather {
     /// Requests that the log answered and whose successors have not come.
     owed: u32,
-    /// When the look began that is going on.
-    since_ns: Option<u64>,
-    patience: Patience,
+    look: Look,
 }
 
 impl Gather {
@@ -39,27 +37,12 @@ impl Gather {
     /// Whether to look for more at `now_ns`, where a group that somebody waits for would begin now, whose write takes about
     /// `write_ns`.
     pub fn waits(&mut self, now_ns: u64, write_ns: u64) -> bool {
-        if self.owed == 0 {
-            return false;
-        }
-        match self.since_ns {
-            Some(since_ns) => now_ns.saturating_sub(since_ns) < (write_ns / 4).min(LOOK_NS_MAX),
-            None => {
-                let looks = self.patience.attempts();
-                self.since_ns = looks.then_some(now_ns);
-                looks
-            }
-        }
+        self.is_possible() && self.look.goes_on(now_ns, (write_ns / 4).min(LOOK_NS_MAX))
     }
 
     /// The batch has ended, and with it a look for more.
     pub fn batch_ended(&mut self) {
-        if self.since_ns.take().is_some() {
-            if self.owed == 0 {
-                self.patience.paid();
-            } else {
-                self.patience.in_vain();
-            }
+        if self.look.ends(self.owed == 0) {
             // Those who did not come at once are not waited for.
             self.owed = 0;
         }

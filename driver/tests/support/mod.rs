@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its part")]
 
+pub mod child;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

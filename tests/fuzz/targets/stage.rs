@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use tidegate_driver::base::{Lsn, Result, VolumeId};
-use tidegate_driver::format::arena::ArenaIdentity;
+use tidegate_driver::base::{Lsn, VolumeId};
 use tidegate_driver::io::Disk;
 use tidegate_driver::io::memory_disk::MemDisk;
 use tidegate_driver::recovery::sample_stage::SampleStage;
-use tidegate_driver::recovery::{ArenaSource, Environment, check, inspect, open};
-use tidegate_driver::stage::arena::Arena;
+use tidegate_driver::recovery::{Environment, OwnArenas, check, inspect, open};
 use tidegate_fuzz::{Structure, edit, salt_of};
 
 struct Sample {
@@ -34,17 +32,6 @@ static SAMPLE: LazyLock<Sample> = LazyLock::new(|| {
     Sample { bytes, structures, backings, environment }
 });
 
-struct NoArena;
-
-impl ArenaSource for NoArena {
-    fn find(&mut self, _: &ArenaIdentity, _: u64) -> Result<Option<Arena>> {
-        Ok(None)
-    }
-    fn make(&mut self, identity: &ArenaIdentity, _: u64) -> Result<Arena> {
-        Arena::anonymous(identity)
-    }
-}
-
 fuzz_target!(|data: &[u8]| {
     let sample = &*SAMPLE;
     let mut bytes = sample.bytes.clone();
@@ -56,7 +43,7 @@ fuzz_target!(|data: &[u8]| {
     let report = check(&stage, &backings);
     let _ = inspect(&stage, 200);
     assert_eq!(stage.writes(), 0, "looking changes nothing");
-    match open(&stage, &backings, &mut NoArena, sample.environment) {
+    match open(&stage, &backings, &mut OwnArenas, sample.environment) {
         Ok(_) => {}
         Err(error) => {
             assert_eq!(stage.writes(), 0, "a refusal changes nothing: {}", error.report());

@@ -193,15 +193,16 @@ impl<'a> LogCheck<'a> {
         Some(first)
     }
 
-    /// What comes behind region `seq` of a log that begins in `first`, where the next group would be `group_seq`.
-    fn next_of(&self, seq: RegionSeq, first: RegionSeq, group_seq: u64) -> Next {
+    /// What comes behind region `seq` of a log that begins in `first`. `group_seq` tells which group would, and is asked only
+    /// if no header says what does.
+    fn next_of(&self, seq: RegionSeq, first: RegionSeq, group_seq: impl FnOnce() -> u64) -> Next {
         let Some(next) = seq.0.checked_add(1).map(RegionSeq) else { return Next::Nothing };
         if next.0 - first.0 >= u64::from(self.geometry.region_count) {
             return Next::Nothing;
         }
         match self.at(next) {
             Some(start) => Next::Region(start),
-            None if self.newest > seq || self.goes_on_in(next, group_seq) => Next::Headless,
+            None if self.newest > seq || self.goes_on_in(next, group_seq()) => Next::Headless,
             None => Next::Nothing,
         }
     }
@@ -241,18 +242,20 @@ impl<'a> LogCheck<'a> {
         let footer_at = (geometry.region_bytes - FOOTER_BYTES) as usize;
         let (salt, block) = (self.rules.salt, self.rules.block_bytes);
         let table = TableInfo::decode(&image[footer_at..], salt, start, geometry.region_bytes, block);
-        let whole = if self.not_begun == Some(seq) {
-            start.first_group_seq
-        } else {
-            walk_region(&image, start, &self.rules).next.group_seq
-        };
-        let next = self.next_of(seq, first, whole);
+        let not_begun = self.not_begun == Some(seq);
+        let next = self.next_of(seq, first, || {
+            if not_begun {
+                start.first_group_seq
+            } else {
+                walk_region(&image, start, &self.rules).next.group_seq
+            }
+        });
         // Groups below this offset were durable once.
         let proven = match next {
             Next::Nothing => table.map_or(0, |t| t.data_end),
             _ => u32::MAX,
         };
-        let walk = if self.not_begun == Some(seq) {
+        let walk = if not_begun {
             Walk::at_start_of(start, block)
         } else {
             walk(&image, start, proven, &self.rules)
@@ -276,6 +279,13 @@ impl<'a> LogCheck<'a> {
                 let what = format!(
                     "group {} is invalid, but the region's table tells that the log reached offset {}",
                     walk.next.group_seq, table.data_end
+                );
+                self.problem(seq, walk.end, &what);
+            }
+            (Next::Nothing, _) if self.rules.was_durable(walk.next.group_seq) => {
+                let what = format!(
+                    "group {} is invalid, but it was durable when the stage was opened last",
+                    walk.next.group_seq
                 );
                 self.problem(seq, walk.end, &what);
             }

@@ -63,7 +63,8 @@ pub(super) fn walk(image: &[u8], start: RegionStart, proven: u32, rules: &Rules)
         if let Some(group) = group_header(image, at, walk.next, rules) {
             let content = read_group(image, at, &group, rules);
             let later = || later_group(image, at + rules.block_bytes, start.seq, group.group_seq, rules);
-            if !content.faults.is_empty() && at >= proven && later().is_none() {
+            let is_proven = || at < proven || rules.was_durable(group.group_seq) || later().is_some();
+            if !content.faults.is_empty() && !is_proven() {
                 return walk;
             }
             walk.groups += u64::from(content.faults.is_empty());

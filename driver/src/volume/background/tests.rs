@@ -4,15 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Background, Clock, LOAD_TOKEN, Shared};
-use crate::base::{Lsn, RegionSeq, Result, VolumeId};
-use crate::format::arena::ArenaIdentity;
+use crate::base::{Lsn, RegionSeq, VolumeId};
 use crate::format::geometry::{CHECKPOINTS_OFFSET, PATCH_OFFSET};
 use crate::format::record::RecordKind;
 use crate::io::memory_disk::MemDisk;
 use crate::io::{Disk, Done, Errno, Memory, Op, OpKind, Target};
 use crate::recovery::sample_stage::SampleStage;
-use crate::recovery::{ArenaSource, Environment, open};
-use crate::stage::arena::Arena;
+use crate::recovery::{Environment, OwnArenas, open};
 use crate::volume::Wake;
 
 struct Still;
@@ -28,17 +26,6 @@ impl Clock for Still {
 
 impl Wake for Still {
     fn wake(&self) {}
-}
-
-struct Fresh;
-
-impl ArenaSource for Fresh {
-    fn find(&mut self, _: &ArenaIdentity, _: u64) -> Result<Option<Arena>> {
-        Ok(None)
-    }
-    fn make(&mut self, identity: &ArenaIdentity, _: u64) -> Result<Arena> {
-        Arena::anonymous(identity)
-    }
 }
 
 /// What was asked of a device.
@@ -76,7 +63,7 @@ impl Bench {
             (1..).map(VolumeId).zip(backings.iter().map(|backing| backing as &dyn Disk)).collect();
         let boot_id = stage.superblock.boot_id;
         let environment = Environment { boot_id, arena_id: 99, accept_loss: false, forget: None };
-        let opened = open(&stage.disk, &by_volume, &mut Fresh, environment).unwrap();
+        let opened = open(&stage.disk, &by_volume, &mut OwnArenas, environment).unwrap();
         let clock = Arc::new(Still);
         let shared = Shared::new(opened.core, Arc::new(opened.arena), opened.rules, clock, Arc::new(Still));
         let background =
