@@ -51,6 +51,26 @@ fn a_stage_smaller_than_the_data_slows_writers_and_loses_nothing() {
     engine.close(true).unwrap();
 }
 
+/// The log is written by the clients' threads, so a client that always finds its writes accepted must write it, too.
+#[test]
+fn a_client_that_never_waits_becomes_durable_all_the_same() {
+    let place = Place::new(64 << 20, &[AckLevel::Memory]);
+    let engine = place.open().unwrap();
+    let mut client = LocalClient::new(&engine, V1, 8).unwrap();
+    for i in 0..64 {
+        client.write(i * 8192, &pattern(i, 8192)).unwrap();
+    }
+    for i in 0..100_000 {
+        if client.progress().1.0 > 0 {
+            break;
+        }
+        client.write(i % 1000 * 64, &[1; 64]).unwrap();
+    }
+    assert!(client.progress().1.0 > 0, "nothing is durable");
+    drop(client);
+    engine.close(true).unwrap();
+}
+
 #[test]
 fn zeroes_and_discards_hide_older_data() {
     let place = Place::new(64 << 20, &[AckLevel::Log]);

@@ -15,7 +15,7 @@ use tidegate_driver::format::volume_entry::AckLevel;
 use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
 const VOLUME_BYTES: u64 = 8 << 30;
-const INGEST: &str = "ingest, ack memory, 4096 B records, one door";
+const STAGE_BYTES: u64 = 1 << 30;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -58,13 +58,12 @@ fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
 
 fn measure(dir: &Path) -> Result<()> {
     let runs = Effort::from_environment(false).runs;
-    let bounds = (0..runs).map(|_| bound(4096)).collect();
-    Note::of("engine", INGEST, "memcpy + crc64 of one core", "rate", "records/s", bounds).print();
     for (bytes, count) in [(4096usize, 100_000u64), (64, 400_000)] {
-        let place = Place::new(dir, "native", 1 << 30, VOLUME_BYTES, AckLevel::Memory, false)?;
-        let rates = (0..runs).map(|_| ingest(&place, bytes, count)).collect::<Result<Vec<_>>>()?;
-        let scenario = if bytes == 4096 { INGEST } else { "ingest, ack memory, 64 B records, one door" };
-        note(scenario, "rate", "records/s", rates);
+        let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
+        let (rates, bounds) = ingest(&place, bytes, count, runs)?;
+        let scenario = format!("ingest, ack memory, {bytes} B records, one door");
+        Note::of("engine", &scenario, "memcpy + crc64 of one core", "rate", "records/s", bounds).print();
+        note(&scenario, "rate", "records/s", rates);
     }
     recovery(dir, runs)
 }
@@ -74,10 +73,9 @@ fn note(scenario: &str, measure: &str, unit: &str, values: Vec<f64>) {
 }
 
 /// Records per second that copying and checksumming alone would allow, on memory as cold as the arena's.
-fn bound(bytes: usize) -> f64 {
-    let count = (256 << 20) / bytes;
+fn bound(bytes: usize, target: &mut [u8]) -> f64 {
+    let count = target.len() / bytes;
     let source = vec![7u8; bytes];
-    let mut target = vec![1u8; count * bytes];
     let started = Instant::now();
     let mut sum = 0u64;
     for chunk in target.chunks_exact_mut(bytes) {
@@ -88,15 +86,35 @@ fn bound(bytes: usize) -> f64 {
     count as f64 / started.elapsed().as_secs_f64()
 }
 
-/// Records per second of one door that has 32 requests in flight, random offsets.
-fn ingest(place: &Place, bytes: usize, count: u64) -> Result<f64> {
+/// Records per second of one door that has 32 requests in flight, random offsets, in `runs` runs of `count` records each. The
+/// stage has been written to all over before, so that its memory exists, and is empty when a run begins. And the bound, in
+/// turn with it.
+fn ingest(place: &Place, bytes: usize, count: u64, runs: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let engine = place.open(None)?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
+    let large = 64 << 10;
+    write_records(&mut client, large, STAGE_BYTES / large as u64, 1)?;
+    let (mut rates, mut bounds) = (Vec::new(), Vec::new());
+    let mut target = vec![1u8; 256 << 20];
+    for run in 0..runs {
+        bounds.push(bound(bytes, &mut target));
+        // This thread writes the log, so nothing may be left to it.
+        client.flush()?;
+        engine.drain()?;
+        let started = Instant::now();
+        write_records(&mut client, bytes, count, 3 + 2 * run as u64)?;
+        rates.push(count as f64 / started.elapsed().as_secs_f64());
+    }
+    drop(client);
+    engine.close(true)?;
+    Ok((rates, bounds))
+}
+
+fn write_records(client: &mut LocalClient, bytes: usize, count: u64, seed: u64) -> Result<()> {
     let mut free: Vec<(u32, Vec<u8>)> = (0..32).map(|tag| (tag, vec![tag as u8; bytes])).collect();
-    let mut offset = 1u64;
+    let mut offset = seed;
     let slots = VOLUME_BYTES / bytes as u64;
     let (mut sent, mut done) = (0, 0);
-    let started = Instant::now();
     while done < count {
         while sent < count
             && let Some((tag, data)) = free.pop()
@@ -115,10 +133,7 @@ fn ingest(place: &Place, bytes: usize, count: u64) -> Result<f64> {
             done += 1;
         }
     }
-    let rate = count as f64 / started.elapsed().as_secs_f64();
-    drop(client);
-    engine.close(true)?;
-    Ok(rate)
+    Ok(())
 }
 
 /// Fills half of a stage of 1 GiB (the flusher starts above that) twice over, leaves it as a crash would, and opens it.

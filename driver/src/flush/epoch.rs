@@ -31,7 +31,6 @@ use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{PATCH_OFFSET, checkpoint_offset};
 use crate::format::label::{Label, label_offset};
 use crate::format::patch::{PatchImage, encode_patches, patch_images_max};
-use crate::format::region::RegionStart;
 use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
 use crate::stage::arena::Arena;
 use crate::stage::index::Source;
@@ -215,6 +214,22 @@ impl EpochRun {
             }
             self.next_phase(io);
         }
+    }
+
+    /// How much of the work is done, of how much: runs and patches.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        let runs: usize = self.plans.iter().map(|(_, plan)| plan.runs.len()).sum();
+        let over = |submitted: usize| submitted.saturating_sub(self.in_flight.len());
+        let done = match self.phase {
+            Phase::Settle | Phase::SettleSync => 0,
+            Phase::Runs => over(self.cursor),
+            Phase::PatchRead | Phase::PatchLog => runs + self.batch_start,
+            Phase::PatchWrite => runs + self.batch_start + over(self.cursor),
+            Phase::PatchSync => runs + self.batch_start + self.images.len(),
+            Phase::Labels | Phase::Sync | Phase::Checkpoint | Phase::Finished => runs + self.patches.len(),
+        };
+        (done as u64, (runs + self.patches.len()) as u64)
     }
 
     /// Takes a completion of an operation submitted by [`EpochRun::pump`].
@@ -578,18 +593,4 @@ fn copy_source(arena: &Arena, source: Source, into: &mut [u8]) {
         }
         Source::Zero | Source::Discard => into.fill(0),
     }
-}
-
-/// The checkpoint that follows `previous` when an epoch up to `to` has touched `volumes`.
-#[must_use]
-pub fn next_checkpoint(
-    previous: &Checkpoint,
-    to: Lsn,
-    head: RegionStart,
-    time_ns: u64,
-    volumes: impl Iterator<Item = VolumeId>,
-) -> Checkpoint {
-    let mut flushed = previous.flushed.clone();
-    flushed.extend(volumes.map(|volume| (volume, to)));
-    Checkpoint { sequence: previous.sequence + 1, lsn: to, head, time_ns, flushed }
 }

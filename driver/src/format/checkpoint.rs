@@ -115,6 +115,20 @@ impl Checkpoint {
         image
     }
 
+    /// The checkpoint that follows this one when an epoch up to `to` has touched `volumes`.
+    #[must_use]
+    pub fn followed_by(
+        &self,
+        to: Lsn,
+        head: RegionStart,
+        time_ns: u64,
+        volumes: impl Iterator<Item = VolumeId>,
+    ) -> Checkpoint {
+        let mut flushed = self.flushed.clone();
+        flushed.extend(volumes.map(|volume| (volume, to)));
+        Checkpoint { sequence: self.sequence + 1, lsn: to, head, time_ns, flushed }
+    }
+
     /// Decodes the content of slot `slot` if it is valid.
     #[must_use]
     pub fn decode(bytes: &[u8], salt: u64, slot: u32) -> Option<Checkpoint> {

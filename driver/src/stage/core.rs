@@ -27,12 +27,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::commit::Committer;
 use super::index::{Extent, Index, Source};
 pub use super::outcome::{Ack, Claim, DoorId, Outcome};
+use super::pacing::Pacing;
 use super::ring::{Ring, Slot};
 use super::window::Window;
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, RegionSeq, VolumeId};
-use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
+use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind, record_bytes};
 use crate::format::volume_entry::OnLogError;
 use crate::io::Errno;
 
@@ -125,6 +126,7 @@ pub struct Core {
     pub(super) damaged: bool,
     pub(super) kicked: bool,
     pub(super) high_regions: u32,
+    pub(super) pacing: Pacing,
     outcomes: Vec<Outcome>,
     /// Counters.
     pub counters: Counters,
@@ -174,6 +176,7 @@ impl Core {
             damaged: false,
             kicked: false,
             high_regions: (region_count / 2).max(2),
+            pacing: Pacing::default(),
             outcomes: Vec::new(),
             counters: Counters::default(),
             ring: start.ring,
@@ -213,7 +216,7 @@ impl Core {
     fn try_claim(&mut self, payload_bytes: u32) -> Option<Slot> {
         // Each record adds at most two extents: itself and a split of another.
         let extents = self.extent_count + 2 * (self.window.len() + 1);
-        if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX {
+        if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX || self.is_held_back() {
             return None;
         }
         if let Some(next) = self.ring.would_open(payload_bytes)
@@ -224,6 +227,7 @@ impl Core {
         let regions = self.ring.regions().len();
         let was_idle = self.ring.next_lsn() == self.checkpoint.next();
         let slot = self.ring.claim(payload_bytes)?;
+        self.pacing.spend(record_bytes(payload_bytes), self.fill());
         self.window.claimed(slot.lsn());
         if was_idle || self.ring.regions().len() != regions {
             self.kick();

@@ -5,6 +5,7 @@ pub mod commit;
 pub mod core;
 pub mod index;
 mod outcome;
+mod pacing;
 pub mod ring;
 pub mod serve;
 pub mod walk;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::arena::Arena;
 use super::core::{Core, DoorId, Outcome};
 use super::index::{Index, Source};
+use super::pacing::Fill;
 use super::ring::{RegionState, TableState};
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
@@ -187,6 +188,41 @@ impl Core {
         }
     }
 
+    /// Whether claims wait for the flusher's progress, whatever room there is.
+    #[must_use]
+    pub fn is_held_back(&self) -> bool {
+        self.pacing.holds_back(self.fill())
+    }
+
+    pub(super) fn fill(&self) -> Fill {
+        Fill { used: self.ring.regions().len() as u32, count: self.ring.geometry().region_count }
+    }
+
+    /// An epoch begins: claims are paced by it, if it gives room back.
+    pub fn pace_by(&mut self, epoch: &Epoch) {
+        let whole = self.epoch_regions(epoch).iter().filter(|region| region.last_lsn() <= epoch.to).count();
+        self.pacing.begin(whole as u64 * u64::from(self.ring.geometry().region_bytes));
+        self.pace((0, 1));
+    }
+
+    /// The epoch in flight has done `done` of `total` parts of its work.
+    pub fn pace(&mut self, progress: (u64, u64)) {
+        self.pacing.advance(progress, self.fill());
+        self.room_came();
+    }
+
+    /// The epoch in flight is over: claims are free.
+    pub fn end_pacing(&mut self) {
+        self.pacing.end();
+        self.room_came();
+    }
+
+    fn room_came(&mut self) {
+        if self.waiting() > 0 && !is(Mutation::SpaceWaitersAreForgotten) {
+            self.serve_space_waits();
+        }
+    }
+
     /// Whether so much is staged that it should be flushed now.
     #[must_use]
     pub fn above_high_mark(&self) -> bool {
@@ -195,15 +231,14 @@ impl Core {
             || self.extent_count > INDEX_EXTENTS_MAX / 2
     }
 
-    /// The next epoch: whole durable regions from the oldest on, as many as have `records_max` records together but at least
-    /// one, and an eighth of the stage at most; or with `all` everything durable. `None`: nothing to flush, or a region is not
-    /// in memory yet.
+    /// The next epoch: whole durable regions from the oldest on, as many as have [`EPOCH_RECORDS_MAX`] records together but at
+    /// least one, and an eighth of the stage at most (see `pacing.rs`); or with `all` everything durable. `None`: nothing
+    /// to flush, or a region is not in memory yet.
     #[must_use]
-    pub fn next_epoch(&self, all: bool, records_max: u32) -> Option<Epoch> {
+    pub fn next_epoch(&self, all: bool) -> Option<Epoch> {
         let durable = if is(Mutation::EpochTakesUndurable) { self.published() } else { self.durable() };
         let open = self.ring.open_seq();
         let mut epoch: Option<Epoch> = None;
-        // Writers go on meanwhile, and must not find the stage full while the first epoch still takes all that is in it.
         let regions_max = (self.ring.geometry().region_count / 8).max(1);
         let (mut records, mut regions) = (0, 0);
         for region in self.ring.regions() {
@@ -217,7 +252,7 @@ impl Core {
             }
             records += region.record_count;
             regions += 1;
-            if epoch.is_some() && (records > records_max || regions > regions_max) {
+            if epoch.is_some() && (records > EPOCH_RECORDS_MAX || regions > regions_max) {
                 break;
             }
             let to = region.last_lsn().min(durable);
@@ -278,9 +313,7 @@ impl Core {
                 || is(Mutation::ReclaimAboveTheCheckpoint))
                 && (!arena.is_pinned(region.start.seq) || is(Mutation::ReclaimWhilePinned))
         });
-        if !is(Mutation::SpaceWaitersAreForgotten) {
-            self.serve_space_waits();
-        }
+        self.room_came();
     }
 
     /// Whether a region could be given up if nobody had it pinned.

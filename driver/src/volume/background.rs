@@ -5,7 +5,7 @@
 //! It sleeps without a deadline when nothing is staged and nothing has failed.
 
 mod back_off;
-mod pace;
+mod load;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -14,22 +14,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::back_off::BackOff;
-use self::pace::Pace;
 pub use self::status::BackgroundStatus;
 use super::shared::{Clock, Shared, log_write_of};
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, VolumeId};
-use crate::flush::epoch::{
-    Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool, next_checkpoint,
-};
+use crate::flush::epoch::{Ended, EpochIo, EpochRun, FLUSH_BUFFER_BYTES, FlushTarget, flush_pool};
 use crate::flush::{Plan, PlanParams};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::patch::PatchImage;
 use crate::format::record::Record;
 use crate::format::region::{FOOTER_BYTES, TABLE_ENTRY_BYTES, TableEntry, TableInfo, table_bytes};
 use crate::io::{AlignedBuf, Done, Errno, Memory, Op, OpKind, Target, Token};
-use crate::recovery::scan::walk_region;
 use crate::stage::core::{Outcome, payload_offset, source_of};
 use crate::stage::index::Extent;
 use crate::stage::ring::{RegionState, TableState};
@@ -73,7 +69,6 @@ pub struct Background {
     /// Log writes of the background in flight.
     log_writes: u32,
     flush_retry: BackOff,
-    pace: Pace,
     log_retry: BackOff,
     allocate_retry: BackOff,
     held: bool,
@@ -124,7 +119,6 @@ impl Background {
             arena_reused,
             log_writes: 0,
             flush_retry: BackOff::default(),
-            pace: Pace::default(),
             log_retry: BackOff::default(),
             allocate_retry: BackOff::default(),
             held: false,
@@ -278,98 +272,6 @@ impl Background {
         }
     }
 
-    // ---- cold regions
-
-    fn load(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
-        if std::mem::take(&mut self.load_failed) {
-            self.load_retry.failed(now_ns, LOG_RETRY_NS);
-        }
-        if now_ns < self.load_retry.until_ns {
-            return;
-        }
-        while self.loading.is_none() && self.status.damage.is_none() {
-            let region = {
-                let core = self.shared.core.lock();
-                let Some(region) = core.next_cold_region() else { return };
-                // The flusher must not get past the region and give its slot away while it is filled.
-                self.shared.arena.pin_raw(region.start.seq);
-                region
-            };
-            if let Err(error) = self.shared.arena.allocate(region.start.seq) {
-                self.shared.arena.unpin(region.start.seq);
-                self.status.memory_problem = Some(error.report());
-                return;
-            }
-            if self.arena_reused && (is(Mutation::ArenaIsTrusted) || self.is_whole(&region)) {
-                self.loaded(&region);
-                continue;
-            }
-            let len = self.shared.geometry.region_bytes;
-            submit(Op {
-                token: LOAD_TOKEN,
-                target: Target::Stage,
-                kind: OpKind::Read,
-                offset: self.shared.geometry.region_offset(region.start.seq),
-                len: u64::from(len),
-                memory: Memory::Shared {
-                    region: self.shared.arena.clone(),
-                    offset: self.shared.arena.position(region.start.seq, 0),
-                    len: len as usize,
-                },
-            });
-            self.loading = Some(region);
-        }
-    }
-
-    /// Whether the arena holds the region as the log has it, every record checked.
-    fn is_whole(&self, region: &RegionState) -> bool {
-        let image = self.shared.arena.bytes(region.start.seq, 0, region.data_end);
-        let walked = walk_region(image, region.start, &self.shared.rules);
-        walked.data_end == region.data_end
-            && walked.group_count == region.group_count
-            && walked.records.len() == region.record_count as usize
-    }
-
-    fn loaded(&mut self, region: &RegionState) {
-        self.shared.arena.unpin(region.start.seq);
-        self.shared.core.lock().region_loaded(region.start.seq, &mut self.outcomes);
-    }
-
-    fn load_done(&mut self, result: Result<(), Errno>) {
-        let region = self.loading.take().expect("a region is being loaded");
-        let position = self.shared.geometry.region_offset(region.start.seq);
-        match result {
-            Ok(()) if self.is_whole(&region) => {
-                self.load_retry = BackOff::default();
-                self.status.load_problem = None;
-                self.loaded(&region);
-                return;
-            }
-            Ok(()) => {
-                let image = self.shared.arena.bytes(region.start.seq, 0, region.data_end);
-                let good = walk_region(image, region.start, &self.shared.rules).data_end;
-                self.status.damage = Some(format!(
-                    "damage in the log at byte {} (region {}, offset {good}): the group there is invalid, newer ones exist",
-                    position + u64::from(good),
-                    region.start.seq
-                ));
-            }
-            Err(errno) => {
-                // The bytes may well be there: it is tried again.
-                self.shared.arena.unpin(region.start.seq);
-                self.load_failed = true;
-                self.status.stage_errors += 1;
-                self.status.load_problem = Some(format!(
-                    "the log cannot be read at byte {position} (region {}): {errno}",
-                    region.start.seq
-                ));
-                return;
-            }
-        }
-        self.shared.arena.unpin(region.start.seq);
-        self.shared.core.lock().refuse_everything();
-    }
-
     // ---- tables of full regions
 
     fn seal(&mut self, submit: &mut dyn FnMut(Op)) {
@@ -445,7 +347,7 @@ impl Background {
             submit(op);
         });
         match ended {
-            None => {}
+            None => self.shared.core.lock().pace(epoch.progress()),
             Some(Ended::Flushed) => self.epoch_flushed(now_ns, submit),
             Some(Ended::Failed { target, errno }) => self.epoch_failed(now_ns, target, errno),
         }
@@ -472,7 +374,8 @@ impl Background {
             if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
-            let all = idle || draining || core.waiting() > 0;
+            let is_full = core.waiting() > 0 && !core.is_held_back();
+            let all = idle || draining || is_full;
             if all && core.durable() < core.published() {
                 core.request_commit();
                 core.pump_commit(now_ns);
@@ -482,9 +385,8 @@ impl Background {
                 self.status.backing_problem = Some((volume, "the backing is not there".to_owned()));
                 return;
             }
-            let records_max = self.pace.records_max(core.waiting() > 0);
-            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all, records_max)) else { return };
-            self.pace.begins(now_ns);
+            let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all)) else { return };
+            core.pace_by(&epoch);
             // Volumes that were deleted have no place in the checkpoint any more.
             let volumes = core.volumes();
             self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
@@ -493,7 +395,7 @@ impl Background {
         let plans = self.plan(&epoch, &regions);
         let time_ns = self.shared.clock.unix_ns();
         let volumes = plans.iter().map(|(volume, _)| *volume);
-        let mut checkpoint = next_checkpoint(&self.checkpoint, epoch.to, head, time_ns, volumes);
+        let mut checkpoint = self.checkpoint.followed_by(epoch.to, head, time_ns, volumes);
         if is(Mutation::CheckpointTooHigh) {
             checkpoint.lsn = self.shared.core.lock().durable();
         }
@@ -532,7 +434,6 @@ impl Background {
     fn epoch_flushed(&mut self, now_ns: u64, submit: &mut dyn FnMut(Op)) {
         let run = self.epoch.take().expect("an epoch ended");
         self.failed_epoch = None;
-        self.pace.ended(now_ns, run.epoch.to.0 - run.epoch.from.0);
         self.checkpoint = run.checkpoint().clone();
         self.status.epochs += 1;
         self.status.flushed_bytes += run.written_bytes;
@@ -548,6 +449,7 @@ impl Background {
         let head = self.checkpoint.head.seq;
         let mut core = self.shared.core.lock();
         core.checkpointed(&self.shared.arena, run.epoch.to, head, run.written_ranges());
+        core.end_pacing();
         drop(core);
         self.run(submit);
         self.flush(now_ns, submit);
@@ -559,6 +461,7 @@ impl Background {
         let repeated = is(Mutation::FailedCheckpointRepeatsTheEpoch);
         self.unfinished = Some(run).filter(|run| run.only_checkpoint_failed() && !repeated);
         self.flush_retry.failed(now_ns, FLUSH_RETRY_NS);
+        self.shared.core.lock().end_pacing();
         match target {
             Target::Backing(volume) => {
                 self.status.backing_errors += 1;

@@ -190,13 +190,15 @@ impl LocalClient {
         })
     }
 
-    /// Waits until something happens, or for `timeout`.
+    /// Waits until something happens, or for `timeout`; not at all if requests have completed. What the device does for this
+    /// client and for others gets its turn in any case.
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<()> {
         self.door.batch_end(&mut self.io);
-        if !self.io.completed.is_empty() {
+        let has_completed = !self.io.completed.is_empty();
+        if has_completed && self.io.reactor.ops_in_flight() == 0 {
             return Ok(());
         }
-        self.io.reactor.submit_and_wait(timeout)?;
+        self.io.reactor.submit_and_wait(if has_completed { Some(Duration::ZERO) } else { timeout })?;
         while let Some(event) = self.io.reactor.next_event() {
             match event {
                 Event::Op(done) => self.door.op_done(done, &mut self.io),
