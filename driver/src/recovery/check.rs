@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::open::check_label;
-use super::patches::misplaced;
+use super::patches::{beyond_the_log, misplaced};
 use super::superblocks;
 use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
 use crate::format::checkpoint::Checkpoint;
@@ -423,12 +423,8 @@ fn check_patches(
         return;
     }
     report.pending_patches = images.len() as u64;
-    if epoch_end > report.log_end_lsn {
-        let what =
-            format!("the patch zone is of an epoch that ends at LSN {epoch_end}, behind the end of the log");
-        report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
-    }
-    for what in images.iter().filter_map(|image| misplaced(image, superblock)) {
+    let beyond = beyond_the_log(epoch_end, report.log_end_lsn);
+    for what in beyond.into_iter().chain(images.iter().filter_map(|image| misplaced(image, superblock))) {
         report.problem(stage, Some(PATCH_OFFSET), what, RESTORE);
     }
 }

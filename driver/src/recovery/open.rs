@@ -126,7 +126,7 @@ pub fn open(
         report.arena_used = true;
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
     }
-    let patches = patches::pending(stage, &superblock, &log.checkpoint)?;
+    let patches = patches::pending(stage, &superblock, &log.checkpoint, log_end)?;
     check_staged(&indexes, &mut unusable)?;
     if targets.is_empty()
         && let Some((_, error)) = unusable.pop_first()

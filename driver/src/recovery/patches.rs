@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::base::mutation::{Mutation, is};
-use crate::base::{Error, ErrorKind, Result, VolumeId};
+use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::PATCH_OFFSET;
 use crate::format::label::label_offset;
@@ -24,11 +24,24 @@ pub(super) fn misplaced(image: &PatchImage, superblock: &Superblock) -> Option<S
     })
 }
 
+/// What is wrong with an epoch that ends at `epoch_end`, if the log ends at `log_end`: what is flushed was durable before.
+pub(super) fn beyond_the_log(epoch_end: Lsn, log_end: Lsn) -> Option<String> {
+    (epoch_end > log_end).then(|| {
+        format!(
+            "the patch zone is of an epoch that ends at LSN {epoch_end}, behind the end of the log at LSN {log_end}"
+        )
+    })
+}
+
 /// The images of an epoch that is above `checkpoint`. Reads only.
+///
+/// An epoch beyond the log's end is refused, as the log has lost records then. Going on would give their LSNs to others, and
+/// the next recovery would put the images over what was flushed since.
 pub(super) fn pending(
     stage: &dyn Disk,
     superblock: &Superblock,
     checkpoint: &Checkpoint,
+    log_end: Lsn,
 ) -> Result<Vec<PatchImage>> {
     let mut zone = vec![0; superblock.geometry.patch_bytes as usize];
     stage.read(PATCH_OFFSET, &mut zone)?;
@@ -36,7 +49,8 @@ pub(super) fn pending(
     if epoch_end <= checkpoint.lsn || is(Mutation::PatchesAreNotRestored) {
         return Ok(Vec::new());
     }
-    match images.iter().find_map(|image| misplaced(image, superblock)) {
+    let misplaced = || images.iter().find_map(|image| misplaced(image, superblock));
+    match beyond_the_log(epoch_end, log_end).or_else(misplaced) {
         None => Ok(images),
         Some(what) => Err(Error::new(
             ErrorKind::Damaged,

@@ -14,6 +14,7 @@ use crate::base::{ByteRange, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
 use crate::format::arena::ArenaIdentity;
 use crate::format::label::{Label, label_offset};
 use crate::format::record::{Record, RecordKind};
+use crate::format::superblock::Superblock;
 use crate::format::volume_entry::AckLevel;
 use crate::io::Disk;
 use crate::io::memory_disk::MemDisk;
@@ -123,6 +124,40 @@ fn a_patch_behind_a_volume_is_refused_before_anything_is_repaired() {
     assert_eq!(error.kind(), ErrorKind::Damaged);
     assert!(error.report().contains("behind the end of volume 1"), "{}", error.report());
     assert_eq!(stage.disk.writes(), before, "a refusal changed the stage");
+}
+
+/// The log has lost its last group, of which an epoch had already logged patches. Their LSNs would be given out again, and a
+/// later recovery would put the patches over what was flushed since.
+#[test]
+fn patches_of_an_epoch_beyond_the_log_are_refused() {
+    let mut stage = SampleStage::filled();
+    stage.put_patches(Lsn(36));
+    let backings = [1, 2].map(|id| stage.backing(id, Lsn(4)));
+    let disks: BTreeMap<VolumeId, &dyn Disk> =
+        [(VolumeId(1), &backings[0] as &dyn Disk), (VolumeId(2), &backings[1] as &dyn Disk)].into();
+    let s = &stage.superblock;
+    let environment = Environment { boot_id: s.boot_id, arena_id: 99, accept_loss: true, forget: None };
+    stage.disk.flip(stage.regions[2].groups[2].records[0] + 64, 1);
+    let before = stage.disk.bytes();
+    let error = open(&stage.disk, &disks, &mut OwnArenas, environment).unwrap_err();
+    assert!(error.report().contains("behind the end of the log at LSN 32"), "{}", error.report());
+    assert!(stage.disk.bytes() == before, "a refusal changed the stage");
+    assert!(!check(&stage.disk, &disks).unwrap().is_sound());
+}
+
+/// All newer copies of the superblock are gone, and the one that is left does not know the incarnation of the last groups.
+#[test]
+fn groups_of_a_later_incarnation_are_not_cut_off() {
+    let mut stage = SampleStage::filled();
+    let known = stage.superblock.clone();
+    stage.superblock.incarnation += 1;
+    for _ in 0..3 {
+        stage.put_group(&[(RecordKind::Write, 1, 0, 100)]);
+    }
+    stage.superblock = Superblock { incarnation_group_seq: 10, incarnation_lsn: Lsn(37), ..known };
+    stage.put_superblock();
+    assert!(end(&stage).is_err(), "the log is said to end at {:?}", end(&stage));
+    assert!(!check(&stage.disk, &BTreeMap::new()).unwrap().is_sound());
 }
 
 /// The way out when a backing with staged writes is lost: its volume is deleted, the others keep theirs.

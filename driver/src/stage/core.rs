@@ -33,7 +33,7 @@ use super::window::Window;
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Lsn, RegionSeq, VolumeId};
-use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind, record_bytes};
+use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::format::volume_entry::OnLogError;
 use crate::io::Errno;
 
@@ -74,8 +74,10 @@ pub struct Counters {
     pub groups: u64,
     /// Bytes written to the log.
     pub log_bytes: u64,
-    /// Claims that had to wait.
+    /// Claims that had to wait for room.
     pub space_waits: u64,
+    /// Claims that had to wait for the flusher's progress, although there was room.
+    pub paced_waits: u64,
     /// Failed log writes.
     pub log_errors: u64,
 }
@@ -176,7 +178,7 @@ impl Core {
             damaged: false,
             kicked: false,
             high_regions: (region_count / 2).max(2),
-            pacing: Pacing::default(),
+            pacing: Pacing::new(start.ring.log_bytes()),
             outcomes: Vec::new(),
             counters: Counters::default(),
             ring: start.ring,
@@ -207,7 +209,11 @@ impl Core {
         {
             return Claim::Slot(slot);
         }
-        self.counters.space_waits += 1;
+        if self.is_held_back() {
+            self.counters.paced_waits += 1;
+        } else {
+            self.counters.space_waits += 1;
+        }
         self.space_waits.push_back(SpaceWait { door, tag, payload_bytes, on_log_error });
         self.kick();
         Claim::Wait
@@ -227,7 +233,7 @@ impl Core {
         let regions = self.ring.regions().len();
         let was_idle = self.ring.next_lsn() == self.checkpoint.next();
         let slot = self.ring.claim(payload_bytes)?;
-        self.pacing.spend(record_bytes(payload_bytes), self.fill());
+        self.pacing.claimed(self.ring.log_bytes(), self.fill());
         self.window.claimed(slot.lsn());
         if was_idle || self.ring.regions().len() != regions {
             self.kick();

@@ -15,7 +15,11 @@
 //! - T1 credit delays a claim and never makes room: the ring has the last word;
 //! - T2 nobody waits for credit but while an epoch is in flight, so whatever ends it, writers go on;
 //! - T3 a claim is served as soon as there is any credit, and may leave a debt: a large one does not wait for more than small
-//!   ones do, and pays afterwards.
+//!   ones do, and pays afterwards. What it pays is what the log went on by, so that small groups, which are mostly padding, do
+//!   not fill the stage.
+//!
+//! What this cannot do: a sync of a backing shows no progress. On a backing that takes writes into a volatile cache and spends
+//! its time in the sync, writers go on in a burst and wait for the sync's end.
 //!
 //! Above seven eighths of the stage only three quarters of what comes back are granted, so that it does not fill up.
 
@@ -51,12 +55,21 @@ pub(super) struct Pacing {
     granted_bytes: u64,
     /// What may be claimed; below zero: what was claimed too much.
     credit_bytes: i64,
+    /// How far the log was at the last claim.
+    log_bytes: u64,
 }
 
 impl Pacing {
+    /// Pacing of a log that has come to `log_bytes`.
+    pub fn new(log_bytes: u64) -> Pacing {
+        Pacing { log_bytes, ..Pacing::default() }
+    }
+
     /// An epoch begins that gives back `bytes`.
     pub fn begin(&mut self, bytes: u64) {
-        *self = Pacing { epoch_bytes: bytes, granted_bytes: 0, credit_bytes: self.credit_bytes.min(0) };
+        assert_eq!(self.epoch_bytes, 0, "T2: the epoch before is over");
+        *self =
+            Pacing { epoch_bytes: bytes, granted_bytes: 0, credit_bytes: self.credit_bytes.min(0), ..*self };
     }
 
     /// The epoch in flight has done `done` of `total` parts of its work.
@@ -66,9 +79,7 @@ impl Pacing {
             u128::from(self.epoch_bytes - first) * u128::from(done.min(total)) / u128::from(total.max(1));
         let more = (first + rest as u64).saturating_sub(self.granted_bytes);
         self.granted_bytes += more;
-        if fill.is_paced() {
-            self.credit_bytes += if fill.is_too_much() { more / 4 * 3 } else { more } as i64;
-        }
+        self.credit_bytes += if fill.is_too_much() { more / 4 * 3 } else { more } as i64;
     }
 
     /// The epoch in flight is over.
@@ -81,11 +92,15 @@ impl Pacing {
         self.epoch_bytes > 0 && self.credit_bytes <= 0 && fill.is_paced()
     }
 
-    /// A claim of `bytes` was served.
-    pub fn spend(&mut self, bytes: u32, fill: Fill) {
+    /// A claim was served, and the log has come to `log_bytes` with it: what it cost is all that was used up since the claim
+    /// before, the padding of groups and the ends of regions included.
+    pub fn claimed(&mut self, log_bytes: u64, fill: Fill) {
+        let cost = log_bytes.saturating_sub(self.log_bytes);
+        self.log_bytes = log_bytes;
         if self.epoch_bytes > 0 && fill.is_paced() {
             // A debt is bounded: it must not outlive what made it.
-            self.credit_bytes = (self.credit_bytes - i64::from(bytes)).max(-(self.epoch_bytes as i64));
+            let owed_max = self.epoch_bytes as i64;
+            self.credit_bytes = self.credit_bytes.saturating_sub_unsigned(cost).max(-owed_max);
         }
     }
 }
@@ -102,7 +117,7 @@ mod tests {
     fn claimed(pacing: &mut Pacing, fill: Fill, each: u32) -> u64 {
         let mut bytes = 0;
         while !pacing.holds_back(fill) && bytes < 1 << 30 {
-            pacing.spend(each, fill);
+            pacing.claimed(pacing.log_bytes + u64::from(each), fill);
             bytes += u64::from(each);
         }
         bytes
@@ -130,9 +145,9 @@ mod tests {
     fn what_was_claimed_while_there_was_room_is_not_owed() {
         let mut pacing = Pacing::default();
         pacing.begin(1024 * KIB);
-        pacing.spend(1 << 20, FREE);
+        pacing.claimed(1 << 20, FREE);
         pacing.advance((1, 4), FREE);
-        assert!(pacing.holds_back(PACED), "nor is what came back then kept");
+        assert_eq!(claimed(&mut pacing, PACED, 4096), 304 * KIB, "what came back is there all the same");
         pacing.advance((2, 4), PACED);
         assert_eq!(claimed(&mut pacing, PACED, 4096), 240 * KIB);
     }
@@ -148,12 +163,14 @@ mod tests {
         pacing.advance((2, 5), PACED);
         assert!(!pacing.holds_back(PACED));
         // What is owed is owed in the next epoch, too; what is left over is not kept.
-        pacing.spend(1 << 20, PACED);
+        pacing.claimed(pacing.log_bytes + (1 << 20), PACED);
+        pacing.end();
         pacing.begin(1024 * KIB);
         pacing.advance((1, 2), PACED);
         assert!(pacing.holds_back(PACED));
         pacing.advance((2, 2), PACED);
         assert!(!pacing.holds_back(PACED));
+        pacing.end();
         pacing.begin(1024 * KIB);
         assert!(pacing.holds_back(PACED));
     }

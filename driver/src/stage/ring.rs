@@ -375,6 +375,13 @@ impl Ring {
         self.cursor
     }
 
+    /// How far the log has come, in bytes since its beginning: headers, padding and what is left over at the ends of regions
+    /// included.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        self.open_seq().0 * u64::from(self.geometry.region_bytes) + u64::from(self.cursor)
+    }
+
     /// LSN of the next record.
     #[must_use]
     pub fn next_lsn(&self) -> Lsn {

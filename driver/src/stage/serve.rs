@@ -200,7 +200,9 @@ impl Core {
 
     /// An epoch begins: claims are paced by it, if it gives room back.
     pub fn pace_by(&mut self, epoch: &Epoch) {
-        let whole = self.epoch_regions(epoch).iter().filter(|region| region.last_lsn() <= epoch.to).count();
+        let open = self.ring.open_seq();
+        let is_given_back = |r: &&RegionState| r.last_lsn() <= epoch.to && r.start.seq != open;
+        let whole = self.epoch_regions(epoch).iter().filter(is_given_back).count();
         self.pacing.begin(whole as u64 * u64::from(self.ring.geometry().region_bytes));
         self.pace((0, 1));
     }

@@ -309,6 +309,50 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
     assert!(outcomes.iter().any(|o| matches!(o, Outcome::Claimed { tag: 3, .. })), "writers go on");
 }
 
+/// The tags of requests that have got a place since it was asked last.
+fn served(core: &mut Core) -> Vec<u32> {
+    let mut outcomes = Vec::new();
+    core.take_outcomes(&mut outcomes);
+    let tag = |o: &Outcome| if let Outcome::Claimed { tag, .. } = o { Some(*tag) } else { None };
+    outcomes.iter().filter_map(tag).collect()
+}
+
+/// From the fifth of seven regions on, writers get room as the epoch comes along, in order, and all of it when it is over,
+/// however it ended.
+#[test]
+fn writers_are_paced_by_the_epoch_and_not_beyond_it() {
+    let mut core = core();
+    let mut outcomes = Vec::new();
+    let mut tag = 0;
+    let claim = |core: &mut Core, tag: u32| core.claim(DoorId(1), tag, 4000, OnLogError::Stall);
+    while core.ring().regions().len() < 5 {
+        let Claim::Slot(slot) = claim(&mut core, tag) else { panic!("there is room") };
+        let record = record(&slot);
+        core.publish(slot, record, None);
+        core.request_commit();
+        core.pump_commit(0);
+        core.take_outcomes(&mut outcomes);
+        for outcome in outcomes.drain(..) {
+            if let Outcome::WriteLog(group) = outcome {
+                core.log_written(group.group_seq, Ok(()), 0);
+            }
+        }
+        tag += 1;
+    }
+    let epoch = core.next_epoch(false).unwrap();
+    core.pace_by(&epoch);
+    let slots: Vec<bool> = (100..106).map(|tag| matches!(claim(&mut core, tag), Claim::Slot(_))).collect();
+    assert_eq!(slots, [true, false, false, false, false, false], "a bit is granted at the beginning");
+    assert_eq!((core.counters.paced_waits, core.counters.space_waits), (5, 0));
+    assert!(served(&mut core).is_empty());
+    core.pace((1, 4));
+    assert_eq!(served(&mut core), [101, 102], "C4");
+    core.pace((1, 4));
+    assert!(served(&mut core).is_empty());
+    core.end_pacing();
+    assert_eq!(served(&mut core), [103, 104, 105], "T2");
+}
+
 /// Two groups are in flight, the second fails: who waits for the first is told nothing, for its write is under way.
 #[test]
 fn a_failed_group_does_not_fail_the_one_before_it() {

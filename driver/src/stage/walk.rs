@@ -32,11 +32,17 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Whether a group of this number may have been written by the incarnation it names. One that may not was given up: it
-    /// proves nothing that `was_durable` does not tell.
+    /// Whether a group of this number may have been written by the incarnation it names.
     #[must_use]
     pub fn admits_group(&self, group: &Group) -> bool {
         self.was_durable(group.group_seq) || group.incarnation == self.incarnation as u32
+    }
+
+    /// Whether a group found behind an invalid one says anything: not if it was given up by an opening. One of an incarnation
+    /// that the superblock does not know of yet does: then the superblock is older than the log.
+    fn may_prove(&self, group: &Group) -> bool {
+        let is_later = (group.incarnation.wrapping_sub(self.incarnation as u32) as i32) > 0;
+        self.admits_group(group) || is_later
     }
 
     /// Whether the group of this number was durable when the stage was opened last, whatever is found in its place now:
@@ -174,7 +180,7 @@ fn find_group(
 ) -> Option<(u32, Group)> {
     (from..image.len() as u32).step_by(rules.block_bytes as usize).find_map(|at| {
         Group::decode(&image[at as usize..], rules.salt)
-            .filter(|group| group.region == region && rules.admits_group(group) && is_wanted(group))
+            .filter(|group| group.region == region && rules.may_prove(group) && is_wanted(group))
             .map(|group| (at, group))
     })
 }

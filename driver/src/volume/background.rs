@@ -374,8 +374,7 @@ impl Background {
             if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
-            let is_full = core.waiting() > 0 && !core.is_held_back();
-            let all = idle || draining || is_full;
+            let all = idle || draining || core.waiting() > 0;
             if all && core.durable() < core.published() {
                 core.request_commit();
                 core.pump_commit(now_ns);

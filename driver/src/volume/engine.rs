@@ -388,6 +388,7 @@ impl Engine {
             epochs: background.epochs,
             flushed_bytes: background.flushed_bytes,
             stage_full_waits: core.counters.space_waits,
+            paced_waits: core.counters.paced_waits,
             waiting: core.waiting() as u64,
             log_errors: core.counters.log_errors,
             backing_errors: background.backing_errors,

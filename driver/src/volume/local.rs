@@ -243,6 +243,8 @@ impl Drop for LocalClient {
     fn drop(&mut self) {
         // The engine waits for what this thread has started: a log write on this ring is everybody's.
         while self.door.is_busy() {
+            // Nobody takes them any more, and with some at hand there would be no waiting.
+            self.io.completed.clear();
             if self.wait(None).is_err() {
                 break;
             }

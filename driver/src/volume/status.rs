@@ -55,6 +55,9 @@ pub struct StageStatus {
     pub flushed_bytes: u64,
     /// Requests that had to wait for space.
     pub stage_full_waits: u64,
+    /// Requests that had to wait for the flusher's progress although there was space.
+    #[serde(default)]
+    pub paced_waits: u64,
     /// Requests waiting for space now.
     pub waiting: u64,
     /// Errors of the log device.

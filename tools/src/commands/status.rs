@@ -460,7 +460,8 @@ fn details(listing: &Listing, text: &mut String) {
                     status.claimed_lsn, status.durable_lsn, status.checkpoint_lsn
                 ),
             );
-            row("waits for space", format!("{} ({} now)", status.stage_full_waits, status.waiting));
+            let (full, paced) = (status.stage_full_waits, status.paced_waits);
+            row("waits for space", format!("{full}, and {paced} for the flusher ({} now)", status.waiting));
             row("device errors", format!("{} log, {} backing", status.log_errors, status.backing_errors));
         }
         for note in s.recovery.iter().flat_map(|r| &r.notes) {
