@@ -95,7 +95,7 @@ impl Pacing {
     /// A claim was served, and the log has come to `log_bytes` with it: what it cost is all that was used up since the claim
     /// before, the padding of groups and the ends of regions included.
     pub fn claimed(&mut self, log_bytes: u64, fill: Fill) {
-        let cost = log_bytes.saturating_sub(self.log_bytes);
+        let cost = log_bytes.wrapping_sub(self.log_bytes);
         self.log_bytes = log_bytes;
         if self.epoch_bytes > 0 && fill.is_paced() {
             // A debt is bounded: it must not outlive what made it.
@@ -117,7 +117,7 @@ mod tests {
     fn claimed(pacing: &mut Pacing, fill: Fill, each: u32) -> u64 {
         let mut bytes = 0;
         while !pacing.holds_back(fill) && bytes < 1 << 30 {
-            pacing.claimed(pacing.log_bytes + u64::from(each), fill);
+            pacing.claimed(pacing.log_bytes.wrapping_add(u64::from(each)), fill);
             bytes += u64::from(each);
         }
         bytes

@@ -376,10 +376,13 @@ impl Ring {
     }
 
     /// How far the log has come, in bytes since its beginning: headers, padding and what is left over at the ends of regions
-    /// included.
+    /// included. Differences count: it wraps.
     #[must_use]
     pub fn log_bytes(&self) -> u64 {
-        self.open_seq().0 * u64::from(self.geometry.region_bytes) + u64::from(self.cursor)
+        self.open_seq()
+            .0
+            .wrapping_mul(u64::from(self.geometry.region_bytes))
+            .wrapping_add(u64::from(self.cursor))
     }
 
     /// LSN of the next record.
