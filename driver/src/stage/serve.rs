@@ -198,11 +198,11 @@ impl Core {
         Fill { used: self.ring.regions().len() as u32, count: self.ring.geometry().region_count }
     }
 
-    /// An epoch begins: claims are paced by it, if it gives room back.
-    pub fn pace_by(&mut self, epoch: &Epoch) {
+    /// An epoch up to `to` begins, which takes `regions`: claims are paced by it, if it gives room back.
+    pub fn pace_by(&mut self, regions: &[RegionState], to: Lsn) {
         let open = self.ring.open_seq();
-        let is_given_back = |r: &&RegionState| r.last_lsn() <= epoch.to && r.start.seq != open;
-        let whole = self.epoch_regions(epoch).iter().filter(is_given_back).count();
+        let is_given_back = |r: &&RegionState| r.last_lsn() <= to && r.start.seq != open;
+        let whole = regions.iter().filter(is_given_back).count();
         self.pacing.begin(whole as u64 * u64::from(self.ring.geometry().region_bytes));
         self.pace((0, 1));
     }

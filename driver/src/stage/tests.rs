@@ -340,7 +340,8 @@ fn writers_are_paced_by_the_epoch_and_not_beyond_it() {
         tag += 1;
     }
     let epoch = core.next_epoch(false).unwrap();
-    core.pace_by(&epoch);
+    let regions = core.epoch_regions(&epoch);
+    core.pace_by(&regions, epoch.to);
     let slots: Vec<bool> = (100..106).map(|tag| matches!(claim(&mut core, tag), Claim::Slot(_))).collect();
     assert_eq!(slots, [true, false, false, false, false, false], "a bit is granted at the beginning");
     assert_eq!((core.counters.paced_waits, core.counters.space_waits), (5, 0));

@@ -385,11 +385,12 @@ impl Background {
                 return;
             }
             let Some(epoch) = self.failed_epoch.or_else(|| core.next_epoch(all)) else { return };
-            core.pace_by(&epoch);
+            let regions = core.epoch_regions(&epoch);
+            core.pace_by(&regions, epoch.to);
             // Volumes that were deleted have no place in the checkpoint any more.
             let volumes = core.volumes();
             self.checkpoint.flushed.retain(|volume, _| volumes.contains(volume));
-            (epoch, core.epoch_regions(&epoch), core.head_after(epoch.to))
+            (epoch, regions, core.head_after(epoch.to))
         };
         let plans = self.plan(&epoch, &regions);
         let time_ns = self.shared.clock.unix_ns();
