@@ -44,7 +44,7 @@ mod tests;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::base::checksum::crc64_salted;
+use crate::base::checksum::{crc64, crc64_salted};
 use crate::base::limits::NUMBER_MAX;
 
 /// The format version this build writes, and the newest it reads.
@@ -57,10 +57,13 @@ fn may_grow(numbers: &[u64]) -> bool {
 
 /// A structure whose first eight bytes are the checksum of the rest.
 pub trait Sealed: FromBytes + IntoBytes + Immutable + KnownLayout + Sized {
-    /// Computes and stores the checksum.
+    /// Computes and stores the checksum. It is computed with the salt in its own place: in one go, which takes a fraction of the
+    /// time of two parts for structures as small as these.
     fn seal(&mut self, salt: u64) {
-        let crc = crc64_salted(salt, &self.as_bytes()[8..]);
-        self.as_mut_bytes()[..8].copy_from_slice(&crc.to_le_bytes());
+        let bytes = self.as_mut_bytes();
+        bytes[..8].copy_from_slice(&salt.to_le_bytes());
+        let crc = crc64(bytes);
+        bytes[..8].copy_from_slice(&crc.to_le_bytes());
     }
 
     /// Whether the stored checksum is that of the rest.
@@ -71,8 +74,9 @@ pub trait Sealed: FromBytes + IntoBytes + Immutable + KnownLayout + Sized {
 
     /// The structure at the start of `bytes` if it is long enough and its checksum matches.
     fn open(bytes: &[u8], salt: u64) -> Option<Self> {
-        let (value, _) = Self::read_from_prefix(bytes).ok()?;
-        value.is_sealed(salt).then_some(value)
+        let (mut value, _) = Self::read_from_prefix(bytes).ok()?;
+        value.seal(salt);
+        (value.as_bytes()[..8] == bytes[..8]).then_some(value)
     }
 }
 
