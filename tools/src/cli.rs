@@ -117,6 +117,9 @@ has the name /dev/tidegate/NAME.
 With --bytes the volume becomes a byte device: programs use it with libtidegate through /run/tidegate/NAME.sock (or
 $TIDEGATE_RUN_DIR/NAME.sock). A volume is a block device or a byte device, never both at once.
 
+--poll trades processor time for latency: threads that look are there when the next request comes. They look only while that
+pays and nobody else wants the processor; 0 turns it off. It holds from when the device is made.
+
 A server started here ends with the last detach. On SIGTERM it ends too: devices in use are not taken away, they wait for
 the next attach, with everything that was accepted kept.
 
@@ -236,6 +239,14 @@ pub struct Attach {
     /// Where the backing is now
     #[arg(long, value_name = "PATH")]
     pub backing: Option<PathBuf>,
+    /// How long the device's threads look for the next request before they sleep; kept for later [default: 200]
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        conflicts_with = "bytes",
+        value_parser = clap::value_parser!(u32).range(..=10_000)
+    )]
+    pub poll: Option<u32>,
     /// Go on although writes that were acknowledged from memory are lost
     #[arg(long)]
     pub accept_loss: bool,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidegate_driver::base::limits::REGION_BYTES_DEFAULT;
 use tidegate_driver::base::{Error, ErrorKind, Result, VolumeId};
@@ -55,8 +56,15 @@ pub fn explain_loss(e: Error, noted: Option<&Path>) -> Error {
 }
 
 /// How clients see the device of a volume.
-pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -> DeviceConfig {
+pub fn device_config(
+    engine: &Engine,
+    volume: &VolumeInfo,
+    backing: &FileDisk,
+    poll_us: Option<u32>,
+) -> DeviceConfig {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    // With one processor, whoever is looked for needs it.
+    let poll_us = if cpus > 1 { poll_us.unwrap_or(POLL_US) } else { 0 };
     DeviceConfig {
         size_bytes: volume.size_bytes,
         logical_block_bytes: volume.block_bytes,
@@ -65,10 +73,15 @@ pub fn device_config(engine: &Engine, volume: &VolumeInfo, backing: &FileDisk) -
         // One record holds a request; the kernel wants whole 64 KiB.
         max_io_bytes: (engine.request_bytes_max() & !0xffff).max(0x1_0000),
         volatile_cache: volume.ack != AckLevel::Log,
+        poll: Duration::from_micros(poll_us.into()),
         identity: identity_of(volume.uuid),
         ..DeviceConfig::default()
     }
 }
+
+/// How long a queue looks for requests before it sleeps, in microseconds, unless the user says something else: what KVM takes
+/// for the same thing.
+pub const POLL_US: u32 = 200;
 
 /// More queues than this do not help one log.
 const QUEUES_MAX: usize = 4;

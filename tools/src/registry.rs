@@ -45,12 +45,23 @@ pub struct Entry {
     pub backing: PathBuf,
     /// The volume's UUID.
     pub volume_uuid: Uuid,
+    /// Microseconds that its queues look for requests before they sleep; `None`: as many as is usual.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<u32>,
 }
 
 impl Entry {
     /// Entry in the current version.
     pub fn new(name: &str, stage: PathBuf, stage_uuid: Uuid, backing: PathBuf, volume_uuid: Uuid) -> Entry {
-        Entry { version: VERSION, name: name.to_owned(), stage, stage_uuid, backing, volume_uuid }
+        Entry {
+            version: VERSION,
+            name: name.to_owned(),
+            stage,
+            stage_uuid,
+            backing,
+            volume_uuid,
+            poll_us: None,
+        }
     }
 }
 

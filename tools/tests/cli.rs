@@ -531,6 +531,13 @@ fn a_wrong_backing_is_not_entered() {
 }
 
 #[test]
+fn a_poll_is_some_microseconds_and_for_blocks() {
+    let bench = Bench::with_volume();
+    bench.refused(&["attach", "db", "--poll", "10001"], 2, "0..=10000");
+    bench.refused(&["attach", "db", "--poll", "5", "--bytes"], 2, "cannot be used with");
+}
+
+#[test]
 fn help_documents_exit_codes_and_examples() {
     let bench = Bench::new();
     let help = bench.ok(&["--help"]);

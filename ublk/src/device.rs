@@ -80,7 +80,9 @@ impl Device {
         let info = Control::add(config.dev_info())?;
         let started = check_granted(info.flags)
             .and_then(|()| control.set_params(info.dev_id, config.params(info.max_io_buf_bytes)))
-            .and_then(|()| Device::serve(&mut control, &info, factory, |_, _| Ok(()), Control::start));
+            .and_then(|()| {
+                Device::serve(config, &mut control, &info, factory, |_, _| Ok(()), Control::start)
+            });
         if started.is_err() {
             // Nobody saw the device yet.
             if let Err(e) = Control::delete(info.dev_id) {
@@ -129,7 +131,7 @@ impl Device {
             begun_before = begin_recovery(control, info)?;
             Ok(())
         };
-        let served = Device::serve(&mut control, &info, factory, begin, Control::end_recovery);
+        let served = Device::serve(config, &mut control, &info, factory, begin, Control::end_recovery);
         let device = served.map_err(|e| if begun_before { half_recovered(device_id, e) } else { e })?;
         if size_bytes < config.size_bytes
             && let Err(e) = device.resize(config.size_bytes)
@@ -143,6 +145,7 @@ impl Device {
     /// Prepares the queues, has `begin` ready the device for them, opens it, lets them fetch, and has `go` make the device
     /// live.
     fn serve<F: DoorFactory + 'static>(
+        config: &DeviceConfig,
         control: &mut Control,
         info: &DevInfo,
         factory: Arc<F>,
@@ -152,7 +155,7 @@ impl Device {
         let device_id = info.dev_id;
         let mut queues = Queues::default();
         let outcome = (|| {
-            queues.prepare(control, info, &factory)?;
+            queues.prepare(config, control, info, &factory)?;
             begin(control, info)?;
             let cdev = Arc::new(open_char_device(device_id)?);
             queues.advance(&Step::Open(Arc::clone(&cdev)))?;
@@ -401,6 +404,7 @@ impl Queues {
     /// Starts the threads, which make all that they need but the device itself.
     fn prepare<F: DoorFactory + 'static>(
         &mut self,
+        config: &DeviceConfig,
         control: &mut Control,
         info: &DevInfo,
         factory: &Arc<F>,
@@ -415,6 +419,7 @@ impl Queues {
                 max_io_bytes: info.max_io_buf_bytes,
                 user_copy: info.flags & sys::F_USER_COPY != 0,
                 client_memory: info.flags & sys::F_AUTO_BUF_REG != 0,
+                poll: config.poll,
                 cpus: control.queue_affinity(info.dev_id, queue).unwrap_or_default(),
                 give_up: Arc::clone(&self.give_up),
             };

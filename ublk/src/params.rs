@@ -1,5 +1,7 @@
 //! From a configuration to the kernel's flags and parameters.
 
+use std::time::Duration;
+
 use tidegate_driver::base::{Error, ErrorKind, Result};
 
 use crate::sys::{self, DevInfo, Params, ParamsBasic, ParamsDiscard};
@@ -28,6 +30,8 @@ pub struct DeviceConfig {
     pub write_zeroes: bool,
     /// Largest discard and write-zeroes request in bytes; the kernel splits larger ones.
     pub max_discard_bytes: u64,
+    /// Longest time that a queue's thread looks for requests and completions before it sleeps.
+    pub poll: Duration,
     /// Stands for what is behind the device. Recovery takes a device over only if this matches, and 0 matches nothing.
     pub identity: u64,
     /// Use plain copy even where the kernel has user copy (for tests).
@@ -49,6 +53,7 @@ impl Default for DeviceConfig {
             discard: true,
             write_zeroes: true,
             max_discard_bytes: 1 << 30,
+            poll: Duration::ZERO,
             identity: 0,
             force_copy: false,
             device_id: None,

@@ -2,7 +2,7 @@
 //!
 //! One round is: wait; feed every event at hand to the door, and look again if it waits for more; end the batch; submit,
 //! with the same system call that waits for the next round, everything that was completed and started meanwhile. Without
-//! requests the thread sleeps.
+//! requests the thread sleeps, after it has looked for some for a while ([`Linger`]).
 //!
 //! A queue thread that cannot go on takes the whole process with it: clients then see a pause until a new server
 //! recovers the device, where a device with one dead queue would hang for ever.
@@ -22,7 +22,7 @@ use std::time::Duration;
 use io_uring::opcode;
 use tidegate_driver::base::abort::AbortOnPanic;
 use tidegate_driver::base::{Error, ErrorKind, Result};
-use tidegate_driver::io::uring::{Event, FileSlot, RAW, Reactor, Waker};
+use tidegate_driver::io::uring::{Event, FileSlot, Linger, RAW, Reactor, Waker};
 use tidegate_driver::io::{Errno, Memory, Op};
 use tidegate_driver::volume::{Door, DoorIo, Request, RequestKind, Wake};
 use zerocopy::IntoBytes;
@@ -54,6 +54,8 @@ pub(crate) struct QueueSetup {
     pub user_copy: bool,
     /// The kernel puts the clients' memory into the ring's table of buffers.
     pub client_memory: bool,
+    /// For so long news are looked for before the thread sleeps.
+    pub poll: Duration,
     /// Processors to run on; all zero: any.
     pub cpus: [u64; 16],
     /// Set (and the queue woken) when the device will not start after all.
@@ -339,7 +341,7 @@ pub(crate) fn run<F: DoorFactory>(
         }
     };
     let _ = ready.send(Ok(io.reactor.waker()));
-    if let Err(e) = serve(&mut io, &mut door, &setup.give_up) {
+    if let Err(e) = serve(&mut io, &mut door, &setup.give_up, setup.poll) {
         tracing::error!(
             device = setup.device_id,
             queue = setup.queue,
@@ -415,8 +417,14 @@ fn fetch(io: &mut QueueIo) -> Result<()> {
     Ok(())
 }
 
-fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool) -> Result<()> {
+fn serve<D: Door<QueueIo>>(
+    io: &mut QueueIo,
+    door: &mut D,
+    give_up: &AtomicBool,
+    poll: Duration,
+) -> Result<()> {
     let mut given_up = false;
+    let mut linger = Linger::new(poll);
     loop {
         while let Some(event) = io.next_event() {
             match event {
@@ -454,7 +462,9 @@ fn serve<D: Door<QueueIo>>(io: &mut QueueIo, door: &mut D, give_up: &AtomicBool)
             }
             door.retire();
         }
-        io.reactor.submit_and_wait(None)?;
+        if !linger.look(&mut io.reactor)? {
+            io.reactor.submit_and_wait(None)?;
+        }
     }
 }
 

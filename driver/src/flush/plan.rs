@@ -136,7 +136,7 @@ pub struct Plan {
 
 impl Plan {
     /// Plans the flush of `extents`, the records of the epoch on this volume. The order of the records is that of
-    /// their LSNs; the iterator's order does not matter, though LSN order is the fastest. Records without a byte are
+    /// their LSNs; the iterator's order does not matter. Records without a byte are
     /// ignored.
     #[must_use]
     pub fn build(extents: impl Iterator<Item = Extent>, params: PlanParams) -> Plan {
@@ -219,18 +219,16 @@ impl Builder {
 
     /// The newest bytes of the epoch.
     fn compose(&mut self, extents: impl Iterator<Item = Extent>) -> Index {
-        let mut newest = Index::new();
         let bytes = &mut self.plan.bytes;
-        for extent in extents {
+        let count = |extent: &Extent| {
             assert!(extent.range.end <= VOLUME_BYTES_MAX, "record at {} is beyond any volume", extent.range);
-            newest.insert(extent);
             let len = extent.range.len();
             bytes.bytes_in = bytes.bytes_in.saturating_add(len);
             if matches!(extent.source, Source::Data { .. }) {
                 bytes.bytes_in_data += len;
             }
-        }
-        newest
+        };
+        Index::of(extents.inspect(count).collect())
     }
 
     /// Turns the epoch's newest bytes into operations.

@@ -37,6 +37,7 @@
 
 mod bell;
 mod entry;
+mod linger;
 mod setup;
 mod slab;
 #[cfg(test)]
@@ -55,6 +56,7 @@ use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
 
 use self::bell::Bell;
 use self::entry::Way;
+pub use self::linger::Linger;
 use self::slab::{InFlight, Slab};
 use self::waker::WakeReader;
 pub use self::waker::Waker;
@@ -291,7 +293,7 @@ impl Reactor {
     /// Submits what is queued and waits until there is at least one event, a signal arrived or `timeout` is over
     /// (`None`: no limit; zero: does not wait). Returns at once when events are at hand. Spurious returns are normal.
     pub fn submit_and_wait(&mut self, timeout: Option<Duration>) -> Result<()> {
-        let ready = !self.ended.is_empty() || !self.ring.completion().is_empty();
+        let ready = self.has_events();
         let wait = !ready && timeout != Some(Duration::ZERO);
         match self.enter(wait, timeout.filter(|_| wait)) {
             Ok(()) => Ok(()),
@@ -308,6 +310,15 @@ impl Reactor {
                 _ => Err(Error::io("io_uring_enter failed", e)),
             },
         }
+    }
+
+    fn has_events(&mut self) -> bool {
+        !self.ended.is_empty() || !self.ring.completion().is_empty()
+    }
+
+    /// Whether events are at hand, or may be after a [`Reactor::submit_and_wait`].
+    fn has_news(&mut self) -> bool {
+        self.has_events() || self.ring.submission().taskrun()
     }
 
     /// The next event at hand, without waiting.

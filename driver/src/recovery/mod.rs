@@ -26,6 +26,7 @@ mod patches;
 #[cfg(any(test, feature = "samples"))]
 pub mod sample_stage;
 pub mod scan;
+mod staged;
 pub mod superblocks;
 
 #[cfg(test)]

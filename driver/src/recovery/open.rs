@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::scan::{Found, ScannedLog, rules_of, scan};
+use super::staged::Staged;
 use super::{patches, superblocks};
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
@@ -30,8 +31,8 @@ use crate::format::superblock::{StageState, Superblock};
 use crate::format::volume_entry::{AckLevel, VolumeInfo};
 use crate::io::Disk;
 use crate::stage::arena::Arena;
-use crate::stage::core::{Core, CoreStart, payload_offset, source_of};
-use crate::stage::index::{Extent, Index};
+use crate::stage::core::{Core, CoreStart};
+use crate::stage::index::Index;
 use crate::stage::ring::{ClosedGroup, RegionState, Ring, RingTail, TableState};
 use crate::stage::walk::{Rules, arena_groups};
 use crate::volume::status::RecoveryReport;
@@ -104,14 +105,13 @@ pub fn open(
     superblock.volumes.retain(|v| Some(v.id) != environment.forget);
     let mut report =
         RecoveryReport { clean: superblock.state == StageState::Clean, ..RecoveryReport::default() };
-    let mut indexes: BTreeMap<VolumeId, Index> =
-        superblock.volumes.iter().map(|v| (v.id, Index::new())).collect();
+    let mut staged = Staged::new(superblock.volumes.iter().map(|v| v.id));
 
     let mut log = scan(stage, &superblock, &mut |found| {
         report.records_from_log += 1;
-        index_record(&mut indexes, found);
+        staged.add(found);
     })?;
-    log.checkpoint.flushed.retain(|id, _| indexes.contains_key(id));
+    log.checkpoint.flushed.retain(|id, _| staged.knows(*id));
     let log_end = Lsn(log.next_lsn.0 - 1);
     check_closed_end(stage, &superblock, log_end)?;
     let mut unusable = BTreeMap::new();
@@ -122,11 +122,12 @@ pub fn open(
     if let Some(arena) = &found_arena
         && !is(Mutation::ArenaRecordsAreDropped)
     {
-        closed = extend_from_arena(&mut log, arena, &read.superblock, &mut indexes, environment.accept_loss)?;
+        closed = extend_from_arena(&mut log, arena, &read.superblock, &mut staged, environment.accept_loss)?;
         report.arena_used = true;
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
     }
     let patches = patches::pending(stage, &superblock, &log.checkpoint, log_end)?;
+    let indexes = staged.finish();
     check_staged(&indexes, &mut unusable)?;
     if targets.is_empty()
         && let Some((_, error)) = unusable.pop_first()
@@ -197,14 +198,6 @@ pub fn open(
         allocated: false,
     });
     Ok(Opened { superblock, core, arena, rules, checkpoint: log.checkpoint, targets, report })
-}
-
-fn index_record(indexes: &mut BTreeMap<VolumeId, Index>, found: &Found) {
-    let source = source_of(found.kind, found.region, payload_offset(found.record_offset));
-    // Records of a volume that was deleted since have no index and concern nobody.
-    if let (Some(source), Some(index)) = (source, indexes.get_mut(&found.volume)) {
-        index.insert(Extent { range: found.range, lsn: found.lsn, source });
-    }
 }
 
 fn check_block(stage: &dyn Disk, superblock: &Superblock) -> Result<()> {
@@ -429,7 +422,7 @@ fn extend_from_arena(
     log: &mut ScannedLog,
     arena: &Arena,
     superblock: &Superblock,
-    indexes: &mut BTreeMap<VolumeId, Index>,
+    staged: &mut Staged,
     accept_loss: bool,
 ) -> Result<Vec<ClosedGroup>> {
     let geometry = superblock.geometry;
@@ -465,7 +458,7 @@ fn extend_from_arena(
         log.next_lsn = log.next_lsn.plus(records.len() as u64);
         for (record_offset, record) in records {
             let (lsn, volume, kind, range) = (record.lsn, record.volume, record.kind, record.range);
-            index_record(indexes, &Found { lsn, volume, kind, range, region: seq, record_offset });
+            staged.add(&Found { lsn, volume, kind, range, region: seq, record_offset });
         }
         // What lies between and behind the records was never accepted, and is destroyed: an LSN of it may become one that
         // later incarnations admit.

@@ -23,6 +23,7 @@ use std::iter::FusedIterator;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, RegionSeq};
 
+mod bulk;
 #[cfg(test)]
 mod tests;
 
@@ -105,6 +106,13 @@ impl Entry {
     }
 }
 
+fn assert_valid(extent: &Extent) {
+    let Extent { range, lsn, source } = extent;
+    assert!(range.start <= range.end, "extent {range} runs backwards");
+    assert!(*lsn > Lsn::ZERO, "LSN 0 belongs to no record");
+    assert!(source.reaches(range.len()), "the payload of extent {range} leaves its region");
+}
+
 /// The newest staged bytes of one volume.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
@@ -123,10 +131,8 @@ impl Index {
     ///
     /// Panics if another extent with the same LSN overlaps: an LSN names one record, and a record holds a byte once.
     pub fn insert(&mut self, extent: Extent) {
+        assert_valid(&extent);
         let Extent { range, lsn, source } = extent;
-        assert!(range.start <= range.end, "extent {range} runs backwards");
-        assert!(lsn > Lsn::ZERO, "LSN 0 belongs to no record");
-        assert!(source.reaches(range.len()), "the payload of extent {range} leaves its region");
         if range.is_empty() {
             return;
         }

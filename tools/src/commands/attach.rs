@@ -36,7 +36,11 @@ const WAIT_LOOK: Duration = Duration::from_millis(500);
 
 /// `attach`.
 pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
-    let entry = locate(registry, args)?;
+    let mut entry = locate(registry, args)?;
+    if args.poll.is_some_and(|_| args.poll != entry.poll_us) {
+        entry.poll_us = args.poll;
+        registry.put(&entry)?;
+    }
     let gate = if args.bytes { Some(gate_of(&entry.name, &args.allow)?) } else { None };
     if gate.is_none() {
         preflight()?;
@@ -171,6 +175,7 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
             ),
         ));
     }
+    let poll_us = known.as_ref().and_then(|entry| entry.poll_us);
     let backing = match (&args.backing, known) {
         (Some(path), _) => {
             let path = paths::absolute(path)?;
@@ -187,7 +192,7 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
         other.stage.clone_from(&stage);
         registry.put(&other)?;
     }
-    let entry = Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid);
+    let entry = Entry { poll_us, ..Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid) };
     registry.put(&entry)?;
     Ok(entry)
 }

@@ -159,13 +159,17 @@ impl Server {
         })
     }
 
+    /// What is known here of a volume.
+    pub(super) fn entry(&self, volume: &VolumeInfo) -> Result<Option<Entry>> {
+        Ok(self.registry.entries()?.into_iter().find(|e| e.volume_uuid == volume.uuid))
+    }
+
     /// The open backing of a volume. One that could not be opened with the stage is tried again.
     pub(super) fn backing(&self, volume: &VolumeInfo) -> Result<Arc<FileDisk>> {
         if let Some(disk) = self.backings.lock().get(&volume.id) {
             return Ok(Arc::clone(disk));
         }
-        let entry = self.registry.entries()?.into_iter().find(|e| e.volume_uuid == volume.uuid);
-        let path = entry.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing);
+        let path = self.entry(volume)?.map_or_else(|| PathBuf::from(&volume.backing), |e| e.backing);
         let disk = Arc::new(open_backing(&path, &self.stage).map_err(|e| e.within("backing"))?);
         self.engine.add_backing(volume.id, Arc::clone(&disk))?;
         self.backings.lock().insert(volume.id, Arc::clone(&disk));

@@ -180,9 +180,16 @@ proptest! {
         })
     ) {
         let (mut index, mut expected) = (Index::new(), Model::new(0));
+        let (first, second) = arrived.split_at(arrived.len() / 2);
+        let mut in_two_parts = Index::of(first.to_vec());
+        in_two_parts.insert_all(&mut second.to_vec());
+        let at_once = Index::of(arrived.clone());
         arrived.into_iter().for_each(|extent| index.insert(extent));
         sorted.into_iter().for_each(|extent| expected.insert(extent));
-        check_lookup(&index, &mut expected, ByteRange::at(0, VOLUME_BYTES))?;
+        for index in [index, at_once, in_two_parts] {
+            check_lookup(&index, &mut expected, ByteRange::at(0, VOLUME_BYTES))?;
+            check_extents(&index, 24)?;
+        }
     }
 }
 

@@ -1,0 +1,126 @@
+//! Looking for news for a while before a thread sleeps.
+//!
+//! To be woken takes long: some microseconds on a machine of one's own, tens in a virtual one. Who is told of a completion
+//! often answers sooner than that, and a device too. So a thread looks for news for a while, and pays with a processor's
+//! time, but not for long in vain:
+//! - where looking was in vain it is done less and less often ([`Patience`]), and then the thread sleeps until there are
+//!   news: a device that nobody uses costs nothing;
+//! - where others want the processor they get it, and that counts as in vain: before it looks the thread yields, and switches
+//!   that it did not ask for tell that somebody was there. Time spent looking would be taken from the thread's share, and it
+//!   would be late when there is work.
+
+use std::hint::spin_loop;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{UsageWho, getrusage};
+
+use super::Reactor;
+use crate::base::Result;
+use crate::base::patience::Patience;
+
+/// What a thread with a ring has learned. Devices and clients are looked for with different success.
+#[derive(Debug)]
+pub struct Linger {
+    span: Duration,
+    clients: Patience,
+    devices: Patience,
+    /// Switches to other threads that this one did not ask for, so far.
+    preempted: i64,
+}
+
+impl Linger {
+    /// Looks for `span` at most; never if that is zero.
+    #[must_use]
+    pub fn new(span: Duration) -> Linger {
+        Linger { span, clients: Patience::default(), devices: Patience::default(), preempted: 0 }
+    }
+
+    /// Submits what is queued and looks for news, if that may pay. `true`: there are events at hand. `false`: it is time for
+    /// [`Reactor::submit_and_wait`], which may have some at once. Call on the reactor's thread only.
+    pub fn look(&mut self, reactor: &mut Reactor) -> Result<bool> {
+        let patience = if reactor.ops_in_flight() > 0 { &mut self.devices } else { &mut self.clients };
+        if self.span.is_zero() || !patience.attempts() {
+            return Ok(false);
+        }
+        reactor.submit_and_wait(Some(Duration::ZERO))?;
+        if reactor.has_events() {
+            return Ok(true);
+        }
+        std::thread::yield_now();
+        let preempted = preempted();
+        let is_alone = std::mem::replace(&mut self.preempted, preempted) == preempted;
+        let began = Instant::now();
+        let mut found = reactor.has_news();
+        while is_alone && !found && began.elapsed() < self.span {
+            spin_loop();
+            found = reactor.has_news();
+        }
+        if is_alone && found {
+            patience.paid();
+        } else {
+            patience.in_vain();
+        }
+        Ok(reactor.has_events())
+    }
+}
+
+/// How often the processor was taken away from this thread. 0 if that cannot be told.
+fn preempted() -> i64 {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.involuntary_context_switches())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::io::uring::Event;
+    use crate::volume::Wake;
+
+    /// Looks until one look is not cut short by another thread that wants the processor.
+    fn looks(linger: &mut Linger, reactor: &mut Reactor) {
+        loop {
+            let before = linger.preempted;
+            linger.look(reactor).unwrap();
+            if linger.preempted == before || reactor.has_news() {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn news_that_come_are_waited_for() {
+        let mut reactor = Reactor::new(8).unwrap();
+        let waker = reactor.waker();
+        let mut linger = Linger::new(Duration::from_secs(60));
+        let other = thread::spawn(move || waker.wake());
+        looks(&mut linger, &mut reactor);
+        other.join().unwrap();
+        reactor.submit_and_wait(Some(Duration::ZERO)).unwrap();
+        assert!(matches!(reactor.next_event(), Some(Event::Wake)));
+    }
+
+    #[test]
+    fn looks_in_vain_become_rare() {
+        let mut reactor = Reactor::new(8).unwrap();
+        let mut linger = Linger::new(Duration::from_micros(1));
+        let looked = (0..1000).filter(|_| {
+            let before = linger.clients;
+            linger.look(&mut reactor).unwrap();
+            // One that is passed over only counts down.
+            let mut passed_over = before;
+            passed_over.attempts() || linger.clients != passed_over
+        });
+        let looked = looked.count();
+        assert!((7..=7 + 1000 / 65).contains(&looked), "{looked} of 1000");
+    }
+
+    #[test]
+    fn without_a_span_nothing_is_submitted_or_learned() {
+        let mut reactor = Reactor::new(8).unwrap();
+        let mut linger = Linger::new(Duration::ZERO);
+        linger.look(&mut reactor).unwrap();
+        assert_eq!(linger.clients, Patience::default());
+        assert_eq!(linger.preempted, 0);
+    }
+}
