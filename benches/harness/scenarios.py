@@ -49,6 +49,7 @@ KERNEL = (
     Scenario("1M sequential write qd8", Fio("write", "1M", 8, mb=True), (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
     Scenario("1M sequential read qd8, flushed", Fio("read", "1M", 8, mb=True),
              (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
+    Scenario("checksum and copy of 4 KiB", w.costs, (d.OURS_MEMORY,)),
     *(
         Scenario(f"{bs.upper()} {rw} qd{depth}, wide", Fio(rw, bs, depth, mb=bs == "1M"),
                  (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)

@@ -61,6 +61,13 @@ class Fio:
         return notes
 
 
+def costs(way, seconds):
+    """What every byte costs here, to be compared with what it costs natively."""
+    del way, seconds
+    notes = [json.loads(line) for line in run(os.environ["NATIVE_BIN"], "costs").splitlines()]
+    return [(f"-{note['measure']}", note["unit"], note["values"][0]) for note in notes]
+
+
 def recovery(way, seconds):
     """Killed when its stage is as full as it gets within a time, and without its arena, as after a power cut."""
     del seconds

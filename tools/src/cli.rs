@@ -118,7 +118,7 @@ With --bytes the volume becomes a byte device: programs use it with libtidegate 
 $TIDEGATE_RUN_DIR/NAME.sock). A volume is a block device or a byte device, never both at once.
 
 --poll trades processor time for latency: threads that look are there when the next request comes. They look only while that
-pays and nobody else wants the processor; 0 turns it off. It holds from when the device is made.
+pays and nobody else wants the processor; 0 turns it off. It holds from when a server makes or takes over the device.
 
 A server started here ends with the last detach. On SIGTERM it ends too: devices in use are not taken away, they wait for
 the next attach, with everything that was accepted kept.
@@ -244,7 +244,7 @@ pub struct Attach {
         long,
         value_name = "MICROSECONDS",
         conflicts_with = "bytes",
-        value_parser = clap::value_parser!(u32).range(..=10_000)
+        value_parser = clap::value_parser!(u32).range(..=i64::from(crate::engine::POLL_US_MAX))
     )]
     pub poll: Option<u32>,
     /// Go on although writes that were acknowledged from memory are lost

@@ -64,7 +64,7 @@ pub fn device_config(
 ) -> DeviceConfig {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     // With one processor, whoever is looked for needs it.
-    let poll_us = if cpus > 1 { poll_us.unwrap_or(POLL_US) } else { 0 };
+    let poll_us = if cpus > 1 { poll_us.map_or(POLL_US, |us| us.min(POLL_US_MAX)) } else { 0 };
     DeviceConfig {
         size_bytes: volume.size_bytes,
         logical_block_bytes: volume.block_bytes,
@@ -82,6 +82,8 @@ pub fn device_config(
 /// How long a queue looks for requests before it sleeps, in microseconds, unless the user says something else: what KVM takes
 /// for the same thing.
 pub const POLL_US: u32 = 200;
+/// Most of it.
+pub const POLL_US_MAX: u32 = 10_000;
 
 /// More queues than this do not help one log.
 const QUEUES_MAX: usize = 4;

@@ -57,8 +57,8 @@ fn may_grow(numbers: &[u64]) -> bool {
 
 /// A structure whose first eight bytes are the checksum of the rest.
 pub trait Sealed: FromBytes + IntoBytes + Immutable + KnownLayout + Sized {
-    /// Computes and stores the checksum, with the salt in the checksum's place meanwhile: that is one part instead of two, which
-    /// takes a fraction of the time for structures as small as these.
+    /// Computes and stores the checksum, with the salt in the checksum's place meanwhile: one part takes a fraction of the
+    /// time of two for structures as small as these.
     fn seal(&mut self, salt: u64) {
         let bytes = self.as_mut_bytes();
         bytes[..8].copy_from_slice(&salt.to_le_bytes());

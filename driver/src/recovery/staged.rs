@@ -7,7 +7,7 @@ use crate::base::VolumeId;
 use crate::stage::core::{payload_offset, source_of};
 use crate::stage::index::{Extent, Index};
 
-/// Extents gathered before they go into the indexes: 20 MiB of them at most.
+/// Extents gathered before they go into the indexes: 20 MiB, and for a moment as much again twice.
 const GATHERED_MAX: usize = 512 << 10;
 
 /// Indexes in the making, one a volume.
@@ -44,8 +44,8 @@ impl Staged {
     }
 
     fn put_in(&mut self) {
-        for (volume, extents) in &mut self.gathered {
-            self.indexes.get_mut(volume).expect("known when it was gathered").insert_all(extents);
+        for (volume, extents) in std::mem::take(&mut self.gathered) {
+            self.indexes.get_mut(&volume).expect("known when it was gathered").insert_all(extents);
         }
         self.count = 0;
     }

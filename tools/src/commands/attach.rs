@@ -36,17 +36,18 @@ const WAIT_LOOK: Duration = Duration::from_millis(500);
 
 /// `attach`.
 pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
-    let mut entry = locate(registry, args)?;
-    if args.poll.is_some_and(|_| args.poll != entry.poll_us) {
-        entry.poll_us = args.poll;
-        registry.put(&entry)?;
-    }
+    let entry = locate(registry, args)?;
     let gate = if args.bytes { Some(gate_of(&entry.name, &args.allow)?) } else { None };
     if gate.is_none() {
         preflight()?;
     }
     wait_for_devices(&entry, Duration::from_secs(args.wait));
     stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
+    if let Some(poll_us) = args.poll
+        && let Err(e) = keep_poll(registry, &entry.name, poll_us)
+    {
+        report::note(format!("--poll cannot be kept, and has no effect: {}", e.report()));
+    }
     if args.foreground {
         server::foreground(registry, &entry, args.accept_loss, gate, args.json)?;
         return Ok(ExitCode::SUCCESS);
@@ -64,6 +65,16 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     tell_repairs(registry, &entry);
     print_device(&entry, &device, is_bytes, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Notes for the server how long the device's threads are to look for requests.
+fn keep_poll(registry: &Registry, name: &str, poll_us: u32) -> Result<()> {
+    let _lock = registry.lock()?;
+    let entry = registry.get(name)?;
+    if entry.poll_us == Some(poll_us) {
+        return Ok(());
+    }
+    registry.put(&Entry { poll_us: Some(poll_us), ..entry })
 }
 
 /// Waits for stage and backing, which at boot may appear after this is started. Those that stay away are missed by

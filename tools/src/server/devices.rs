@@ -133,7 +133,8 @@ impl Server {
             Some((device_id, _)) => Start::Recover { device_id },
             None => Start::New,
         };
-        let poll_us = self.entry(volume)?.and_then(|entry| entry.poll_us);
+        // Nothing to hold a device up for.
+        let poll_us = self.entry(volume).ok().flatten().and_then(|entry| entry.poll_us);
         let config = engine::device_config(&self.engine, volume, &backing, poll_us);
         let doors = Doors { engine: Arc::clone(&self.engine), volume: volume.id };
         let device = Device::start(&config, start, Arc::new(doors))?;

@@ -182,7 +182,7 @@ proptest! {
         let (mut index, mut expected) = (Index::new(), Model::new(0));
         let (first, second) = arrived.split_at(arrived.len() / 2);
         let mut in_two_parts = Index::of(first.to_vec());
-        in_two_parts.insert_all(&mut second.to_vec());
+        in_two_parts.insert_all(second.to_vec());
         let at_once = Index::of(arrived.clone());
         arrived.into_iter().for_each(|extent| index.insert(extent));
         sorted.into_iter().for_each(|extent| expected.insert(extent));
@@ -191,6 +191,20 @@ proptest! {
             check_extents(&index, 24)?;
         }
     }
+}
+
+/// Old discards that end one behind the other, under newer writes: one by one from the newest to the oldest discard this would
+/// take hours.
+#[test]
+fn many_that_overlap_are_put_together_quickly() {
+    let count = 50_000;
+    let discards = (1..=count).map(|n| extent(4096, (1 << 40) - 4096 * n, n, Source::Discard));
+    let writes = (0..count).map(|n| extent(8192 * n, 8192 * n + 4096, count + 1 + n, data(1, 0)));
+    let extents: Vec<Extent> =
+        discards.chain(writes).chain([extent(0, 8192, 3 * count, data(2, 0))]).collect();
+    let mut expected = Index::new();
+    extents.iter().for_each(|extent| expected.insert(*extent));
+    assert!(Index::of(extents).iter().eq(expected.iter()));
 }
 
 #[test]
