@@ -69,7 +69,6 @@ STANDS = (
     Stand("staged", d.staged, (
         Scenario("4K randread qd32, staged", Fio("randread", depth=32), (d.OURS_MEMORY, d.NULL, d.RAW)),
         Scenario("4K randread qd1, staged", Fio("randread"), (d.OURS_MEMORY, d.NULL, d.RAW)),
-        Scenario("4K randread qd32, cold after a restart", w.cold, (d.OURS_MEMORY,)),
     )),
     Stand("synced", d.synced, (
         Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP)),

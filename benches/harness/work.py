@@ -98,14 +98,6 @@ def recovery(way, seconds):
     return notes
 
 
-def cold(way, seconds):
-    """Detached with what is staged, attached again, read from the log."""
-    from .devices import TIDEGATE
-    run(TIDEGATE, "detach", way.name, "--no-flush")
-    way.attach()
-    return Fio("randread", depth=32)(way, seconds)
-
-
 def quiet(way, seconds):
     """What an idle server does."""
     seconds = max(seconds, 10)

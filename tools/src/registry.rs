@@ -107,6 +107,19 @@ impl Registry {
         Ok(file)
     }
 
+    /// The same lock, unless somebody has it.
+    pub fn try_lock(&self) -> Result<Option<File>> {
+        make_dir(&self.dir)?;
+        let path = self.dir.join("lock");
+        let fail = |e| Error::io(format!("cannot lock the state directory with {}", path.display()), e);
+        let file = open_lock(&path).map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(e)) => Err(fail(e)),
+        }
+    }
+
     /// The entry of `name`.
     pub fn get(&self, name: &str) -> Result<Entry> {
         self.find(name)?.ok_or_else(|| {

@@ -7,7 +7,7 @@ use crate::base::VolumeId;
 use crate::stage::core::{payload_offset, source_of};
 use crate::stage::index::{Extent, Index};
 
-/// Extents gathered before they go into the indexes: 20 MiB, and for a moment as much again twice.
+/// Extents gathered before they go into the indexes: 20 MiB, and for a moment up to five times as much while they do.
 const GATHERED_MAX: usize = 512 << 10;
 
 /// Indexes in the making, one a volume.

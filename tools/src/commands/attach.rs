@@ -43,10 +43,10 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     }
     wait_for_devices(&entry, Duration::from_secs(args.wait));
     stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
-    if let Some(poll_us) = args.poll
+    if let Some(poll_us) = args.poll.filter(|_| args.poll != entry.poll_us)
         && let Err(e) = keep_poll(registry, &entry.name, poll_us)
     {
-        report::note(format!("--poll cannot be kept, and has no effect: {}", e.report()));
+        report::note(format!("--poll may have no effect, as it cannot be kept: {}", e.report()));
     }
     if args.foreground {
         server::foreground(registry, &entry, args.accept_loss, gate, args.json)?;
@@ -69,11 +69,11 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
 
 /// Notes for the server how long the device's threads are to look for requests.
 fn keep_poll(registry: &Registry, name: &str, poll_us: u32) -> Result<()> {
-    let _lock = registry.lock()?;
+    // Others may hold it for long, and a device is waited for.
+    let Some(_lock) = registry.try_lock()? else {
+        return Err(Error::new(ErrorKind::Busy, "another command is changing the state directory"));
+    };
     let entry = registry.get(name)?;
-    if entry.poll_us == Some(poll_us) {
-        return Ok(());
-    }
     registry.put(&Entry { poll_us: Some(poll_us), ..entry })
 }
 
