@@ -14,7 +14,8 @@
 //! 144  [3952] reserved
 //! ```
 //!
-//! Valid if and only if checksum, magic and slot match; the valid slot with the highest sequence number counts.
+//! Valid if and only if checksum, magic and slot match and the name is that of a volume; the valid slot with the highest
+//! sequence number counts.
 //!
 //! Every flush epoch that touches a backing writes the label with the epoch's end before it syncs the backing, and the
 //! checkpoint follows the sync and repeats that LSN for the volume. Hence for devices that belong together:
@@ -25,7 +26,7 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::volume_entry::NAME_BYTES_MAX;
+use super::volume_entry::{NAME_BYTES_MAX, check_name};
 use super::{Sealed, VERSION, may_grow, text_from, text_into};
 use crate::base::units::align_up;
 use crate::base::{Error, ErrorKind, Lsn, Result};
@@ -146,7 +147,9 @@ impl Label {
             flushed_lsn: Lsn(image.flushed_lsn.get()),
             name: text_from(&image.name),
         };
-        let valid = label.slot() == slot && may_grow(&[label.sequence, label.flushed_lsn.0]);
+        let valid = label.slot() == slot
+            && may_grow(&[label.sequence, label.flushed_lsn.0])
+            && check_name(&label.name).is_ok();
         Ok(valid.then_some(label))
     }
 }

@@ -235,6 +235,22 @@ fn structures_match_their_golden_files() {
     }
 }
 
+/// Labels are not salted, so anybody who can write to a backing can make one. A name that is not UTF-8 would be longer once it
+/// is read, and too long to be written again.
+#[test]
+fn a_label_with_a_name_that_no_volume_has_is_none() {
+    let mut bytes = label().encode().as_bytes().to_vec();
+    let slot = label().slot();
+    assert_eq!(Label::decode(&bytes, slot).unwrap(), Some(label()));
+    for name in [[0xf4; 64], [0; 64], *b"a/b\0456789012345678901234567890123456789012345678901234567890123"] {
+        bytes[80..144].copy_from_slice(&name);
+        bytes[..8].copy_from_slice(&0u64.to_le_bytes());
+        let checksum = crc64(&bytes);
+        bytes[..8].copy_from_slice(&checksum.to_le_bytes());
+        assert_eq!(Label::decode(&bytes, slot).unwrap(), None, "{name:?}");
+    }
+}
+
 /// The structures of the byte door.
 fn byte_door() -> Vec<(&'static str, Vec<u8>)> {
     let welcome = WelcomeImage {
