@@ -338,6 +338,11 @@ fn only_the_owner_recovers() {
     assert_eq!(delete(server.id).unwrap_err().kind(), ErrorKind::Busy);
     assert_eq!(list().unwrap(), [server.id]);
     let id = server.kill();
+    // The kernel lets go of the device some time after its server is gone.
+    let until = Instant::now() + Duration::from_secs(20);
+    while state(id).unwrap().status == Status::Live && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let with = |more: &[&'static str]| -> Vec<String> {
         base.iter()
             .copied()
