@@ -99,25 +99,33 @@ impl Registry {
 
     /// Keeps everybody else from adding and removing names while the returned file is open.
     pub fn lock(&self) -> Result<File> {
-        make_dir(&self.dir)?;
-        let path = self.dir.join("lock");
-        let fail = |e| Error::io(format!("cannot lock the state directory with {}", path.display()), e);
-        let file = open_lock(&path).map_err(fail)?;
-        file.lock().map_err(fail)?;
+        let file = self.open_lock()?;
+        file.lock().map_err(|e| self.cannot_lock(e))?;
         Ok(file)
     }
 
     /// The same lock, unless somebody has it.
     pub fn try_lock(&self) -> Result<Option<File>> {
-        make_dir(&self.dir)?;
-        let path = self.dir.join("lock");
-        let fail = |e| Error::io(format!("cannot lock the state directory with {}", path.display()), e);
-        let file = open_lock(&path).map_err(fail)?;
+        let file = self.open_lock()?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(e)) => Err(fail(e)),
+            Err(TryLockError::Error(e)) => Err(self.cannot_lock(e)),
         }
+    }
+
+    fn open_lock(&self) -> Result<File> {
+        make_dir(&self.dir)?;
+        open_lock(&self.lock_path()).map_err(|e| self.cannot_lock(e))
+    }
+
+    fn lock_path(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    fn cannot_lock(&self, e: std::io::Error) -> Error {
+        let path = self.lock_path();
+        Error::io(format!("cannot lock the state directory with {}", path.display()), e)
     }
 
     /// The entry of `name`.

@@ -136,8 +136,7 @@ pub struct Plan {
 
 impl Plan {
     /// Plans the flush of `extents`, the records of the epoch on this volume. The order of the records is that of
-    /// their LSNs; the iterator's order does not matter. Records without a byte are
-    /// ignored.
+    /// their LSNs; the iterator's order does not matter. Records without a byte are ignored.
     #[must_use]
     pub fn build(extents: impl Iterator<Item = Extent>, params: PlanParams) -> Plan {
         let mut builder = Builder::new(params);

@@ -242,7 +242,8 @@ fn a_label_with_a_name_that_no_volume_has_is_none() {
     let mut bytes = label().encode().as_bytes().to_vec();
     let slot = label().slot();
     assert_eq!(Label::decode(&bytes, slot).unwrap(), Some(label()));
-    for name in [[0xf4; 64], [0; 64], *b"a/b\0456789012345678901234567890123456789012345678901234567890123"] {
+    for name in [[0xf4; 64], [0; 64], *b"a/b\x00456789012345678901234567890123456789012345678901234567890123"]
+    {
         bytes[80..144].copy_from_slice(&name);
         bytes[..8].copy_from_slice(&0u64.to_le_bytes());
         let checksum = crc64(&bytes);
