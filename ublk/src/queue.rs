@@ -450,7 +450,7 @@ fn serve<D: Door<QueueIo>>(
             }
         }
         io.completed = 0;
-        if !given_up && door.waits_for_more() {
+        if !given_up && door.waits_for_more(io) {
             io.reactor.submit_and_wait(Some(Duration::ZERO))?;
             continue;
         }

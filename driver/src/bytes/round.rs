@@ -88,7 +88,7 @@ impl Rounds {
     pub fn round<IO: SessionIo>(&mut self, door: &mut VolumeDoor, io: &mut IO) -> Then {
         let before = Activity::of(io.session());
         let next = if self.end.is_none() { feed(door, io) } else { Next::Nothing };
-        let gathers = self.end.is_none() && next == Next::Nothing && Door::<IO>::waits_for_more(door);
+        let gathers = self.end.is_none() && next == Next::Nothing && door.waits_for_more(io);
         if !gathers {
             door.batch_end(io);
         }

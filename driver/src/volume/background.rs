@@ -228,7 +228,7 @@ impl Background {
 
     fn run(&mut self, submit: &mut dyn FnMut(Op)) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
-        self.log_writes += self.shared.carry_out(None, &mut outcomes, submit);
+        self.log_writes += self.shared.carry_out(None, &mut outcomes, &mut |_| (), submit);
         assert!(outcomes.is_empty(), "the background has no door");
         self.outcomes = outcomes;
     }

@@ -140,7 +140,9 @@ impl LocalClient {
     pub fn submit_parts(&mut self, request: Request, parts: &[&[u8]], spare: Vec<u8>) -> Option<Lsn> {
         let tag = request.tag;
         self.io.slots[tag as usize] = Slot { data: spare, result: None, place: None };
-        self.door.request(request, &mut Lending { io: &mut self.io, tag, parts });
+        let mut lending = Lending { io: &mut self.io, tag, parts };
+        self.door.request(request, &mut lending);
+        self.door.settle(&mut lending);
         let slot = &mut self.io.slots[tag as usize];
         if slot.place.is_none() {
             slot.data.clear();

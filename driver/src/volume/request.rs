@@ -59,7 +59,8 @@ pub trait DoorIo {
 
 /// The engine's side of a door.
 pub trait Door<IO: DoorIo> {
-    /// Takes a request. It is completed through `io.complete`, perhaps before this returns.
+    /// Takes a request. It is completed through `io.complete`, perhaps before this returns. A change may get its place, and
+    /// its payload may be fetched, as late as at the end of the batch.
     fn request(&mut self, request: Request, io: &mut IO);
     /// Takes the completion of an operation started with `io.submit`.
     fn op_done(&mut self, done: Done, io: &mut IO);
@@ -71,7 +72,7 @@ pub trait Door<IO: DoorIo> {
     /// Nothing is at hand any more, and the batch would end: whether it is better to look for more requests first, without
     /// sleeping, and to ask again, because others that belong into the same group are about to come. It says so for a small
     /// part of the time that a write of the log takes at most.
-    fn waits_for_more(&mut self) -> bool {
+    fn waits_for_more(&mut self, _io: &mut IO) -> bool {
         false
     }
     /// No more requests will come: the door takes on nothing more for others (a group of the log that is due), so that it

@@ -17,6 +17,7 @@ use crate::base::Lsn;
 use crate::base::mutation::{Mutation, is};
 use crate::format::geometry::Geometry;
 use crate::format::group::{GROUP_HEADER_BYTES, Group};
+use crate::format::region::RegionStart;
 use crate::io::{Memory, Op, OpKind, Target, Token};
 use crate::stage::arena::Arena;
 use crate::stage::core::{Core, DoorId, Marks, Outcome};
@@ -62,6 +63,26 @@ impl Mailbox {
         let mut messages = self.messages.lock();
         messages.push(outcome);
         messages.len() == 1
+    }
+}
+
+/// A group that is to be written, and what its headers say of the core at that time.
+struct LogWrite {
+    group: ClosedGroup,
+    start: RegionStart,
+    checkpoint_lsn: Lsn,
+    undurable_before: u32,
+}
+
+impl LogWrite {
+    fn of(group: ClosedGroup, core: &Core) -> LogWrite {
+        let region = core.ring().region(group.region).expect("P1: a region lives until it is flushed");
+        LogWrite {
+            start: region.start,
+            checkpoint_lsn: core.checkpoint(),
+            undurable_before: core.undurable_before(group.group_seq),
+            group,
+        }
     }
 }
 
@@ -128,7 +149,7 @@ impl Shared {
         self.background.wake();
     }
 
-    /// Takes what the core has decided and carries it out: what concerns the door `own` is appended to `outcomes`, what other
+    /// Lets `decide` at the core, then takes what the core has decided and carries it out: what concerns the door `own` is appended to `outcomes`, what other
     /// threads left for it first; what concerns other doors goes to their mailboxes; log writes are submitted through `submit`,
     /// and their tokens tell the group (see [`log_write_of`]). Returns the number of log writes.
     ///
@@ -138,11 +159,13 @@ impl Shared {
         &self,
         own: Option<(DoorId, &Mailbox)>,
         outcomes: &mut Vec<Outcome>,
+        decide: &mut dyn FnMut(&mut Core),
         submit: &mut dyn FnMut(Op),
     ) -> u32 {
-        let (mut effects, mut awaken) = (Vec::new(), Vec::new());
+        let (mut log_writes, mut kicks, mut awaken) = (Vec::new(), false, Vec::new());
         {
             let mut core = self.core.lock();
+            decide(&mut core);
             if let Some((_, mailbox)) = own {
                 mailbox.take(outcomes);
             }
@@ -152,26 +175,23 @@ impl Shared {
             let id = own.map(|(id, _)| id);
             for outcome in outcomes.extract_if(from.., |outcome| outcome.door().is_none_or(|d| Some(d) != id))
             {
-                match outcome.door() {
-                    None => effects.push(outcome),
-                    Some(door) => awaken.extend(self.leave(door, outcome)),
+                match (outcome.door(), outcome) {
+                    (Some(door), outcome) => awaken.extend(self.leave(door, outcome)),
+                    (None, Outcome::WriteLog(group)) => log_writes.push(LogWrite::of(group, &core)),
+                    (None, _) => kicks = true,
                 }
             }
         }
         for mailbox in awaken {
             mailbox.wake.wake();
         }
-        let mut log_writes = 0;
-        for effect in effects {
-            match effect {
-                Outcome::WriteLog(group) => {
-                    submit(self.log_write(&group));
-                    log_writes += 1;
-                }
-                _ => self.kick_background(),
-            }
+        for write in &log_writes {
+            submit(self.log_write(write));
         }
-        log_writes
+        if kicks {
+            self.kick_background();
+        }
+        log_writes.len() as u32
     }
 
     /// Leaves an outcome for another door; its mailbox, if its thread has to be woken.
@@ -185,12 +205,8 @@ impl Shared {
     }
 
     /// Finishes a group's bytes in the arena and makes the operation that writes it.
-    fn log_write(&self, group: &ClosedGroup) -> Op {
-        let (start, checkpoint_lsn, undurable_before) = {
-            let core = self.core.lock();
-            let region = core.ring().region(group.region).expect("P1: a region lives until it is flushed");
-            (region.start, core.checkpoint(), core.undurable_before(group.group_seq))
-        };
+    fn log_write(&self, write: &LogWrite) -> Op {
+        let LogWrite { group, start, checkpoint_lsn, undurable_before } = write;
         let records_at = group.header_offset + GROUP_HEADER_BYTES;
         let records = self.arena.bytes(group.region, records_at, group.records_end);
         let header = Group {
@@ -201,8 +217,8 @@ impl Shared {
             group_bytes: group.end - group.header_offset,
             records_digest: digest_of(records, group.record_count),
             incarnation: self.rules.incarnation as u32,
-            undurable_before,
-            checkpoint_lsn,
+            undurable_before: *undurable_before,
+            checkpoint_lsn: *checkpoint_lsn,
         }
         .encode(self.rules.salt);
         let slot = group.region.slot(self.geometry.region_count);
