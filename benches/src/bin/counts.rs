@@ -4,8 +4,8 @@
 //! Usage: counts OPERATION N [VARIANT]    carries it out N times and prints how many operations of devices and wake-ups that took
 //!
 //! VARIANT: what the stage is like, to see whether that costs anything: base (a volume of 1 GiB, alone on an empty stage); large
-//! (64 TiB, sparse); many (63 more volumes, of which something is staged, too); turns (the same, and all of them are used, in
-//! turn); full (nine tenths of the stage are in use, and nothing is flushed).
+//! (64 TiB, sparse); few (100 blocks are staged); many (63 more volumes, of which as much is staged); turns (the same, and all of
+//! them are used, in turn); full (nine tenths of the stage are in use, and nothing is flushed).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::process::ExitCode;
@@ -135,9 +135,9 @@ struct Variant {
     volumes: u64,
     /// All of the volumes are used, not only the first.
     in_turn: bool,
-    /// Blocks of each volume that are staged before, one in two from the beginning.
+    /// Blocks of each volume that are staged before: every other from the first on.
     staged: u64,
-    /// Blocks that are used are spread: every `stride`th, from the second on.
+    /// Those between them are used; else all of them.
     spread: bool,
 }
 
@@ -153,12 +153,14 @@ impl Variant {
             spread: false,
         };
         let base = Variant { volume_bytes: 1 << 30, spread: true, ..guarded };
+        let few = Variant { staged: 100, ..base };
         Some(match name {
             "" => guarded,
             "base" => base,
             "large" => Variant { volume_bytes: 64 << 40, ..base },
-            "many" => Variant { volumes: 64, staged: 100, ..base },
-            "turns" => Variant { volumes: 64, staged: 100, in_turn: true, ..base },
+            "few" => few,
+            "many" => Variant { volumes: 64, ..few },
+            "turns" => Variant { volumes: 64, in_turn: true, ..few },
             "full" => Variant { staged: FULL_BLOCKS, ..base },
             _ => return None,
         })
@@ -315,14 +317,12 @@ fn carry_out(operation: &str, count: u64, variant: Variant) -> Result<Bench> {
             bench.call(door, RequestKind::Flush, 0, 0);
         }),
         "read-staged" if variant.spread => {
-            // What is staged before is read, too, where there is some.
-            let staged = READ_BLOCKS.max(variant.staged);
+            // All over what is staged.
             let per_door = if variant.in_turn { variant.volumes } else { 1 };
             each(READ_BLOCKS * per_door, RequestKind::Write, &|i| variant.place(i / per_door));
             each(count, RequestKind::Read, &|i| {
                 let i = i / per_door;
-                let before = variant.staged == FULL_BLOCKS;
-                if before { i * 7919 % staged * 2 * BLOCK } else { variant.place(i * 7 % READ_BLOCKS) }
+                if variant.staged == FULL_BLOCKS { i * 7919 % FULL_BLOCKS * 2 * BLOCK } else { variant.place(i * 7 % READ_BLOCKS) }
             });
         }
         "read-staged" => {
@@ -353,7 +353,7 @@ fn main() -> ExitCode {
     let Some(variant) = variant else {
         eprintln!(
             "usage: counts write-memory|write-log|write-fsync|write-flushed|read-staged|read-backing N \
-             [base|large|many|turns|full]"
+             [base|large|few|many|turns|full]"
         );
         return ExitCode::from(2);
     };

@@ -12,7 +12,7 @@ use tidegate_benches::plot::svg;
 use tidegate_benches::row::{Row, from_csv, merged, rows_of, to_csv};
 
 /// Stands that need no kernel device; the others are those of the test machine.
-const NATIVE: [&str; 4] = ["engine", "durable appends", "nbd", "counts"];
+const NATIVE: [&str; 5] = ["engine", "durable appends", "nbd", "counts", "flat cost"];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
