@@ -266,6 +266,23 @@ def fast():
     return ways
 
 
+ONE_QUEUE, TWO_QUEUES = "tidegate, 1 queue", "tidegate, 2 queues"
+
+
+def queued():
+    """The same volume with one queue and with two."""
+    run("modprobe", "ublk_drv")
+    rams = Rams(512)
+    ways = {}
+    for name, queues in ((ONE_QUEUE, "1"), (TWO_QUEUES, "2")):
+        ways[name] = Tidegate(rams.take(), rams.take(), "384M", "memory", ("--queues", queues))
+        fill(ways[name], 200)
+        found = len(os.listdir(f"/sys/block/{os.path.basename(ways[name].path)}/mq"))
+        if found != int(queues):
+            raise RuntimeError(f"{found} queues, not {queues}")
+    return ways
+
+
 def caches(backing_of, mib=320, cache_mib=128):
     """Ours and the caches of the kernel, before backings of one kind."""
     for module in ("ublk_drv", "dm-delay", "dm-writecache", "loop"):

@@ -37,6 +37,7 @@ CACHES = (d.OURS_LOG, d.OURS_MEMORY, d.WRITECACHE, d.BCACHE)
 SLOW = (*CACHES, d.BARE)
 # What has no goal: the disks that stages and caches are on, with nothing before them.
 APPLICATIONS = (*SLOW, d.CEILING)
+QUEUES = (d.TWO_QUEUES, d.ONE_QUEUE)
 ZIPF = ("--random_distribution=zipf:0.99",)
 
 KERNEL = (
@@ -65,9 +66,11 @@ SYNC = ("--fsync=1",)
 
 STANDS = (
     Stand("fast", d.fast, KERNEL),
-    Stand("fast, 2 queues", d.fast, tuple(
-        Scenario(f"{s.name}, 2 queues", s.work, s.who, True) for s in KERNEL[:6]
-    ), cpus=8),
+    Stand("queues", d.queued, (
+        Scenario("4K randwrite qd1, by queues", Fio("randwrite", tail=True), QUEUES),
+        Scenario("4K randwrite, 2 jobs of qd16, by queues", Fio("randwrite", depth=16, jobs=2), QUEUES),
+        Scenario("4K randread, 2 jobs of qd16, by queues", Fio("randread", depth=16, jobs=2), QUEUES),
+    )),
     Stand("wide", d.fast, MATRIX, rounds_max=3, seconds_max=0.4),
     Stand("staged", d.staged, (
         Scenario("4K randread qd32, staged", Fio("randread", depth=32), (d.OURS_MEMORY, d.NULL, d.RAW)),

@@ -274,7 +274,8 @@ impl Bench {
         self.doors[door].batch_end(&mut self.io);
         while let Some(op) = self.io.submitted.pop_front() {
             self.count(&op);
-            self.doors[door].op_done(Done { token: op.token, result: Ok(()), memory: op.memory }, &mut self.io);
+            self.doors[door]
+                .op_done(Done { token: op.token, result: Ok(()), memory: op.memory }, &mut self.io);
             self.doors[door].batch_end(&mut self.io);
         }
         let kicks = self.kicked.0.load(Ordering::Relaxed);
@@ -322,7 +323,11 @@ fn carry_out(operation: &str, count: u64, variant: Variant) -> Result<Bench> {
             each(READ_BLOCKS * per_door, RequestKind::Write, &|i| variant.place(i / per_door));
             each(count, RequestKind::Read, &|i| {
                 let i = i / per_door;
-                if variant.staged == FULL_BLOCKS { i * 7919 % FULL_BLOCKS * 2 * BLOCK } else { variant.place(i * 7 % READ_BLOCKS) }
+                if variant.staged == FULL_BLOCKS {
+                    i * 7919 % FULL_BLOCKS * 2 * BLOCK
+                } else {
+                    variant.place(i * 7 % READ_BLOCKS)
+                }
             });
         }
         "read-staged" => {

@@ -1,7 +1,7 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: native DIR [DISK] | native DIR calls OPERATION N | native costs
+//! Usage: native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs
 //!
 //! DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 //! DISK: where they go to measure recovery from a disk
@@ -34,13 +34,16 @@ fn main() {
             costs_of_a_block(1);
             Ok(())
         }
+        [recovery, disk] if recovery == "recovery" => recovery_from(Path::new(disk)),
         [dir] => measure(Path::new(dir)),
         [dir, disk] => measure(Path::new(dir)).and_then(|()| recovery_from(Path::new(disk))),
         [dir, calls, operation, count] if calls == "calls" => {
             one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
         }
         _ => {
-            eprintln!("usage: native DIR [DISK] | native DIR calls OPERATION N | native costs");
+            eprintln!(
+                "usage: native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs"
+            );
             std::process::exit(2);
         }
     };
