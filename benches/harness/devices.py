@@ -166,8 +166,12 @@ def threads_ns(pid):
     """Processor time of each thread of a process, by number and name."""
     times = {}
     for task in glob.glob(f"/proc/{pid}/task/*"):
-        with open(f"{task}/schedstat", encoding="ascii") as schedstat, open(f"{task}/comm", encoding="ascii") as comm:
-            times[os.path.basename(task), comm.read().strip()] = int(schedstat.read().split()[0])
+        try:
+            with open(f"{task}/schedstat", encoding="ascii") as schedstat, open(f"{task}/comm", encoding="ascii") as comm:
+                times[os.path.basename(task), comm.read().strip()] = int(schedstat.read().split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            # It has ended meanwhile, as the kernel's workers do.
+            pass
     return times
 
 
