@@ -1,11 +1,12 @@
 //! Drives the engine without a ring, a thread or a device: operations are completed in memory, uncopied, so that what is
 //! counted is the engine's own work. For callgrind (see `benches/counts`), which cannot run io_uring.
 //!
-//! Usage: counts OPERATION N [VARIANT]    carries it out N times and prints how many operations of devices and wake-ups that took
+//! Usage: counts OPERATION N [VARIANT]    carries it out N times and prints how many operations of devices and wake-ups
+//! that took
 //!
-//! VARIANT: what the stage is like, to see whether that costs anything: base (a volume of 1 GiB, alone on an empty stage); large
-//! (64 TiB, sparse); few (100 blocks are staged); many (63 more volumes, of which as much is staged); turns (the same, and all of
-//! them are used, in turn); full (nine tenths of the stage are in use, and nothing is flushed).
+//! VARIANT: what the stage is like, to see whether that costs anything: base (a volume of 1 GiB, alone on an empty stage);
+//! large (64 TiB, sparse); few (100 blocks are staged); many (63 more volumes, of which as much is staged); turns (the
+//! same, and all of them are used, in turn); full (nine tenths of the stage are in use, and nothing is flushed).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::process::ExitCode;
