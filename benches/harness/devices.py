@@ -21,6 +21,7 @@ RAW = "brd itself"
 WRITECACHE = "dm-writecache"
 BCACHE = "bcache, writeback"
 BARE = "the slow disk itself"
+CEILING = "a RAM disk itself"
 
 
 def run(*command, check=True, **more):
@@ -123,12 +124,12 @@ class Way:
 class Tidegate(Way):
     made = 0
 
-    def __init__(self, stage, backing, size, ack, name=None):
+    def __init__(self, stage, backing, size, ack, attach=()):
         Tidegate.made += 1
-        self.name = name or f"v{Tidegate.made}"
+        self.name = f"v{Tidegate.made}"
         command = [TIDEGATE, "create", self.name, "--stage", stage, "--backing", backing, "--ack", ack, "--force"]
         run(*command, *(["--size", size] if size else []))
-        super().__init__(run(TIDEGATE, "attach", self.name))
+        super().__init__(run(TIDEGATE, "attach", self.name, *attach))
 
     def status(self):
         return json.loads(run(TIDEGATE, "status", self.name, "--json"))
@@ -141,8 +142,11 @@ class Tidegate(Way):
 
     def settle(self):
         run(TIDEGATE, "flush", self.name)
-        pid, before = self.pid(), None
-        while (now := cpu_ns(pid)) != before:
+        pid, before, end = self.pid(), None, time.monotonic() + 60
+        while (now := own_threads_ns(pid)) != before:
+            if time.monotonic() > end:
+                busy = sorted(name for (task, name), ns in now.items() if before.get((task, name)) != ns)
+                raise RuntimeError(f"the server does not come to rest: {', '.join(busy)}")
             before = now
             time.sleep(0.3)
 
@@ -158,13 +162,28 @@ class Tidegate(Way):
         self.path = run(TIDEGATE, "attach", self.name)
 
 
+def threads_ns(pid):
+    """Processor time of each thread of a process, by number and name."""
+    times = {}
+    for task in glob.glob(f"/proc/{pid}/task/*"):
+        try:
+            with open(f"{task}/schedstat", encoding="ascii") as schedstat, open(f"{task}/comm", encoding="ascii") as comm:
+                times[os.path.basename(task), comm.read().strip()] = int(schedstat.read().split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            # It has ended meanwhile, as the kernel's workers do.
+            pass
+    return times
+
+
+def own_threads_ns(pid):
+    """Those that the server started. A ring that once had to wait for a file keeps a thread of the kernel's, which looks every
+    five seconds whether there is more to do: with many volumes there is always one that does."""
+    return {thread: ns for thread, ns in threads_ns(pid).items() if not thread[1].startswith("iou-wrk")}
+
+
 def cpu_ns(pid):
     """Processor time of all threads of a process."""
-    total = 0
-    for path in glob.glob(f"/proc/{pid}/task/*/schedstat"):
-        with open(path, encoding="ascii") as file:
-            total += int(file.read().split()[0])
-    return total
+    return sum(threads_ns(pid).values())
 
 
 class Writecache(Way):
@@ -251,6 +270,23 @@ def fast():
     return ways
 
 
+ONE_QUEUE, TWO_QUEUES = "tidegate, 1 queue", "tidegate, 2 queues"
+
+
+def queued():
+    """The same volume with one queue and with two."""
+    run("modprobe", "ublk_drv")
+    rams = Rams(512)
+    ways = {}
+    for name, queues in ((ONE_QUEUE, "1"), (TWO_QUEUES, "2")):
+        ways[name] = Tidegate(rams.take(), rams.take(), "384M", "memory", ("--queues", queues))
+        fill(ways[name], 200)
+        found = len(os.listdir(f"/sys/block/{os.path.basename(ways[name].path)}/mq"))
+        if found != int(queues):
+            raise RuntimeError(f"{found} queues, not {queues}")
+    return ways
+
+
 def caches(backing_of, mib=320, cache_mib=128):
     """Ours and the caches of the kernel, before backings of one kind."""
     for module in ("ublk_drv", "dm-delay", "dm-writecache", "loop"):
@@ -273,13 +309,13 @@ def caches(backing_of, mib=320, cache_mib=128):
 def synced():
     """All on RAM disks."""
     rams, ways = caches(lambda name, rams: rams.take())
-    return ways | {KERNEL_LOOP: kernel_loop(rams.take())}
+    return ways | {KERNEL_LOOP: kernel_loop(rams.take()), RAW: Way(rams.take())}
 
 
 def slowed():
     """Backings of 1 ms a write and 4 ms a flush, stage and caches on RAM disks."""
     rams, ways = caches(lambda name, rams: slow(f"slow-{name}", rams.take()))
-    return ways | {BARE: Way(slow("slow-bare", rams.take()))}
+    return ways | {BARE: Way(slow("slow-bare", rams.take())), RAW: Way(rams.take())}
 
 
 def filled():
@@ -328,26 +364,27 @@ def idle():
     return {OURS_LOG: ours}
 
 
+# Where the server's time is told it is to be that of its work, not of looking for some.
+WORK_ONLY = ("--poll", "0")
 SMALL, LARGE = "tidegate, volume of 1 GiB", "tidegate, volume of 64 TiB"
 ONE, MANY = "tidegate, 1 volume on the stage", "tidegate, 64 volumes on the stage"
-EMPTY, FULL = "tidegate, stage nearly empty", "tidegate, stage of 768 MiB with 480 MiB in it"
+
+
+def bottomless(name, size, end):
+    """A disk that forgets what is written, of any size; what lies behind it (the volume's label) is kept on another disk."""
+    run("modprobe", "dm-zero")
+    return dm(name, f"0 {size >> 9} zero\n{size >> 9} 2048 linear {end} 0")
 
 
 def sized():
-    """Sparse backing files on one xfs."""
+    """A small volume and a huge one, before disks that do nothing: what is measured is ours."""
     run("modprobe", "ublk_drv")
-    rams = Rams(768)
-    disk = rams.take(0)
-    run("mkfs.xfs", "-q", "-f", "-m", "reflink=0", disk)
-    os.makedirs("/tmp/files", exist_ok=True)
-    run("mount", disk, "/tmp/files")
+    rams = Rams(256)
     ways = {}
     for name, size in ((SMALL, 1 << 30), (LARGE, 64 << 40)):
-        path = f"/tmp/files/{size}"
-        with open(path, "wb") as file:
-            file.truncate(size + (64 << 10))
-        stage = part(f"stage-{size}", rams.take(), 256)
-        ways[name] = Tidegate(stage, path, str(size), "memory")
+        disk = bottomless(f"disk-{size}", size, rams.take(4))
+        ways[name] = Tidegate(rams.take(), disk, str(size), "memory", WORK_ONLY)
+        fill(ways[name], 256)
     return ways
 
 
@@ -356,28 +393,16 @@ def shared():
     run("modprobe", "ublk_drv", "ublks_max=128")
     run("mount", "-o", "remount,size=90%", "/dev/shm", check=False)
     rams = Rams(256, 16)
-    ways = {ONE: Tidegate(rams.take(), rams.take(), "192M", "memory")}
+    ways = {ONE: Tidegate(rams.take(), rams.take(), "192M", "memory", WORK_ONLY)}
     stage = rams.take()
-    ways[MANY] = Tidegate(stage, rams.take(), "192M", "memory")
+    ways[MANY] = Tidegate(stage, rams.take(), "192M", "memory", WORK_ONLY)
     for n in range(63):
         path = f"/tmp/backing{n}"
         with open(path, "wb") as file:
             file.truncate((16 << 20) + (64 << 10))
-        Tidegate(stage, path, "16M", "memory")
-    return ways
-
-
-def laden():
-    """Two stages before disks that take next to nothing, one with much in it."""
-    run("modprobe", "ublk_drv")
-    rams = Rams(768)
-    ways = {
-        EMPTY: Tidegate(rams.take(), narrow("nullb-a", 1024, 1, 1), "960M", "memory"),
-        FULL: Tidegate(rams.take(), narrow("nullb-b", 1024, 1, 1), "960M", "memory"),
-    }
-    for way, mib in zip(ways.values(), (16, 480)):
-        fill_only(way, mib)
-        way.settle = lambda: time.sleep(1)
+        Tidegate(stage, path, "16M", "memory", WORK_ONLY)
+    for way in ways.values():
+        fill(way, 192)
     return ways
 
 
@@ -390,8 +415,9 @@ def xfs():
 
 
 def formatted(kind):
-    """Slow backings as above with a file system on each."""
+    """Slow backings as above, and a RAM disk, with a file system on each."""
     ways = slowed()
+    ways[CEILING] = ways.pop(RAW)
     for n, way in enumerate(ways.values()):
         quick = ["-E", "lazy_itable_init=0,lazy_journal_init=0"] if kind == "ext4" else []
         run(f"mkfs.{kind}", "-q", *(["-F"] if kind == "ext4" else ["-f"]), *quick, way.path)

@@ -27,6 +27,7 @@ class Stand:
     memory_mib: int = 4096
     cpus: int = 2
     rounds_max: int = 99
+    seconds_max: float = 3600
 
 
 NULLS = (d.OURS_MEMORY, d.NULL)
@@ -34,7 +35,9 @@ LOOPS = (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY)
 DISKS = (d.OURS_MEMORY, d.LOOP_ZERO, d.RAW)
 CACHES = (d.OURS_LOG, d.OURS_MEMORY, d.WRITECACHE, d.BCACHE)
 SLOW = (*CACHES, d.BARE)
-APPLICATIONS = (d.OURS_LOG, d.OURS_MEMORY, d.WRITECACHE, d.BCACHE, d.BARE)
+# What has no goal: the disks that stages and caches are on, with nothing before them.
+APPLICATIONS = (*SLOW, d.CEILING)
+QUEUES = (d.TWO_QUEUES, d.ONE_QUEUE)
 ZIPF = ("--random_distribution=zipf:0.99",)
 
 KERNEL = (
@@ -50,33 +53,36 @@ KERNEL = (
     Scenario("1M sequential read qd8, flushed", Fio("read", "1M", 8, mb=True),
              (d.OURS_MEMORY, d.LOOP_ZERO, d.LOOP_COPY, d.RAW)),
     Scenario("checksum and copy of 4 KiB", w.costs, (d.OURS_MEMORY,)),
-    *(
-        Scenario(f"{bs.upper()} {rw} qd{depth}, wide", Fio(rw, bs, depth, mb=bs == "1M"),
-                 (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)
-        for rw in ("randwrite", "randread", "write", "read")
-        for bs in ("4k", "16k", "128k", "1M")
-        for depth in (1, 8, 32, 128)
-    ),
+)
+
+MATRIX = tuple(
+    Scenario(f"{bs.upper()} {rw} qd{depth}", Fio(rw, bs, depth, mb=bs == "1M"), (d.OURS_MEMORY, d.LOOP_ZERO, d.NULL), True)
+    for rw in ("randwrite", "randread", "write", "read")
+    for bs in ("4k", "16k", "128k", "1M")
+    for depth in (1, 8, 32, 128)
 )
 
 SYNC = ("--fsync=1",)
 
 STANDS = (
     Stand("fast", d.fast, KERNEL),
-    Stand("fast, 2 queues", d.fast, tuple(
-        Scenario(f"{s.name}, 2 queues", s.work, s.who, True) for s in KERNEL[:6]
-    ), cpus=8),
+    Stand("queues", d.queued, (
+        Scenario("4K randwrite qd1, by queues", Fio("randwrite", tail=True), QUEUES),
+        Scenario("4K randwrite, 2 jobs of qd16, by queues", Fio("randwrite", depth=16, jobs=2), QUEUES),
+        Scenario("4K randread, 2 jobs of qd16, by queues", Fio("randread", depth=16, jobs=2), QUEUES),
+    )),
+    Stand("wide", d.fast, MATRIX, rounds_max=3, seconds_max=0.4),
     Stand("staged", d.staged, (
         Scenario("4K randread qd32, staged", Fio("randread", depth=32), (d.OURS_MEMORY, d.NULL, d.RAW)),
         Scenario("4K randread qd1, staged", Fio("randread"), (d.OURS_MEMORY, d.NULL, d.RAW)),
     )),
     Stand("synced", d.synced, (
-        Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP)),
-        Scenario("4K write+fsync, 8 jobs", Fio("randwrite", jobs=8, options=SYNC), (*CACHES, d.KERNEL_LOOP)),
+        Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP, d.RAW)),
+        Scenario("4K write+fsync, 8 jobs", Fio("randwrite", jobs=8, options=SYNC), (*CACHES, d.KERNEL_LOOP, d.RAW)),
     )),
     Stand("slow", d.slowed, (
-        Scenario("4K write+fsync qd1, slow backing", Fio("randwrite", options=SYNC), SLOW),
-        Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), SLOW),
+        Scenario("4K write+fsync qd1, slow backing", Fio("randwrite", options=SYNC), (*SLOW, d.RAW)),
+        Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), (*SLOW, d.RAW)),
     )),
     Stand("full", d.filled, (
         Scenario("4K randwrite qd32, stage full",
@@ -91,18 +97,13 @@ STANDS = (
     ), rounds_max=5),
     Stand("idle", d.idle, (Scenario("attached and idle", w.quiet, (d.OURS_LOG,)),), rounds_max=1),
     Stand("sizes", d.sized, (
-        Scenario("4K randwrite qd8 all over a sparse volume", Fio("randwrite", depth=8, size="100%", cost=True),
+        Scenario("4K randwrite qd8 all over the volume", Fio("randwrite", depth=8, size="100%", cost=True),
                  (d.LARGE, d.SMALL)),
-        Scenario("4K randread qd8 all over a sparse volume", Fio("randread", depth=8, size="100%", cost=True),
+        Scenario("4K randread qd8 all over the volume", Fio("randread", depth=8, size="100%", cost=True),
                  (d.LARGE, d.SMALL)),
     )),
     Stand("volumes", d.shared, (
         Scenario("4K randwrite qd8 on a stage with others", Fio("randwrite", depth=8, size="128M", cost=True), (d.MANY, d.ONE)),
-    )),
-    Stand("laden", d.laden, (
-        Scenario("4K randwrite qd8, empty and full stage", Fio("randwrite", depth=8, size="400M", cost=True, count=3000),
-                 (d.FULL, d.EMPTY)),
-        Scenario("4K randread qd8, empty and full stage", Fio("randread", depth=8, size="16M", cost=True), (d.FULL, d.EMPTY)),
     )),
     *(
         Stand(make.__name__, make, (

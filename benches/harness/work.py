@@ -30,7 +30,6 @@ class Fio:
     tail: bool = False
     second_half: bool = False
     cost: bool = False
-    count: int = 0
     longer: float = 1.0
 
     def __call__(self, way, seconds):
@@ -39,10 +38,7 @@ class Fio:
                    f"--iodepth={self.depth}", f"--numjobs={self.jobs}", "--ioengine=io_uring", f"--size={self.size}",
                    "--randrepeat=0", "--norandommap", "--group_reporting", "--output-format=json", "--thread",
                    "--allow_mounted_write=0"]
-        if self.count:
-            command.append(f"--number_ios={self.count}")
-        else:
-            command += ["--time_based", f"--runtime={int(seconds * (500 if self.second_half else 1000))}ms"]
+        command += ["--time_based", f"--runtime={int(seconds * (500 if self.second_half else 1000))}ms"]
         if self.second_half:
             command.append(f"--ramp_time={int(seconds * 500)}ms")
         pid = way.pid() if self.cost else None

@@ -6,6 +6,8 @@ use crate::row::Row;
 
 const BEGIN: &str = "<!-- measured: begin -->";
 const END: &str = "<!-- measured: end -->";
+/// The stand whose table has a line for each scenario. It is in no plot either.
+pub const MATRIX: &str = "wide";
 /// Measures that share a column.
 const LATENCIES: [&str; 3] = ["p50", "p99", "p99.9"];
 
@@ -32,9 +34,37 @@ pub fn with_tables(page: &str, rows: &[Row]) -> Result<String, String> {
     }
     let mut tables = String::new();
     for stand in stands {
-        table(&mut tables, stand, rows);
+        if stand == MATRIX { matrix(&mut tables, stand, rows) } else { table(&mut tables, stand, rows) }
     }
     Ok(format!("{}{BEGIN}\n\n{tables}{END}{}", &page[..begin], &page[end + END.len()..]))
+}
+
+/// A stand of very many scenarios: a line for each, medians only, with what Tidegate is compared with and the ratio behind it.
+fn matrix(out: &mut String, stand: &str, rows: &[Row]) {
+    let of_stand: Vec<&Row> = rows.iter().filter(|row| row.stand == stand).collect();
+    let mut names: Vec<&str> = Vec::new();
+    for row in &of_stand {
+        if !names.contains(&row.who.as_str()) {
+            names.push(&row.who);
+        }
+    }
+    let _ = write!(out, "### {stand}\n\nMedians of {} runs", of_stand.first().map_or(0, |row| row.runs));
+    let _ = writeln!(out, "; behind each peer Tidegate ÷ it.\n\n| what | {} | unit |", names.join(" | "));
+    let _ = writeln!(out, "|---|{}---|", "--:|".repeat(names.len()));
+    for same in of_stand.chunk_by(|a, b| a.scenario == b.scenario) {
+        let _ = write!(out, "| {} |", same[0].scenario);
+        for name in &names {
+            let _ = match same.iter().find(|row| row.who == *name) {
+                Some(Row { values, ratio: Some(ratio), .. }) => {
+                    write!(out, " {} ({ratio:.2}) |", number(values[0]))
+                }
+                Some(row) => write!(out, " {} |", number(row.values[0])),
+                None => write!(out, " |"),
+            };
+        }
+        let _ = writeln!(out, " {} |", same[0].unit);
+    }
+    out.push('\n');
 }
 
 fn table(out: &mut String, stand: &str, rows: &[Row]) {
@@ -87,6 +117,21 @@ mod tests {
     use super::*;
     use crate::note::Note;
     use crate::row::rows_of;
+
+    #[test]
+    fn the_wide_stand_has_a_line_for_each_scenario() {
+        let notes = [
+            Note::of("wide", "4K read qd1", "tidegate", "rate", "IOPS", vec![100.0]),
+            Note::of("wide", "4K read qd1", "null", "rate", "IOPS", vec![50.0]),
+            Note::of("wide", "1M read qd1", "tidegate", "throughput", "MB/s", vec![5.0]),
+        ];
+        let new = with_tables(&format!("{BEGIN}\n{END}"), &rows_of(&notes)).unwrap();
+        assert!(new.contains("| what | tidegate | null | unit |\n|---|--:|--:|---|\n"), "{new}");
+        assert!(
+            new.contains("| 4K read qd1 | 100 | 50.0 (2.00) | IOPS |\n| 1M read qd1 | 5.00 | | MB/s |\n"),
+            "{new}"
+        );
+    }
 
     #[test]
     fn tables_go_between_the_markers() {

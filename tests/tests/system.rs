@@ -46,6 +46,7 @@ const TESTS: &[Test] = &[
     ("two_volumes_on_one_stage", life::two_volumes_on_one_stage),
     ("a_mounted_device_is_not_detached", life::a_mounted_device_is_not_detached),
     ("of_two_attaches_one_wins", life::of_two_attaches_one_wins),
+    ("a_device_has_the_queues_that_were_asked_for", life::a_device_has_the_queues_that_were_asked_for),
     ("sigterm_hands_a_mounted_device_over", life::sigterm_hands_a_mounted_device_over),
     ("a_live_device_grows", life::a_live_device_grows),
     ("a_failing_backing_degrades_and_heals", faults::a_failing_backing_degrades_and_heals),

@@ -118,7 +118,8 @@ With --bytes the volume becomes a byte device: programs use it with libtidegate 
 $TIDEGATE_RUN_DIR/NAME.sock). A volume is a block device or a byte device, never both at once.
 
 --poll trades processor time for latency: threads that look are there when the next request comes. They look only while that
-pays and nobody else wants the processor; 0 turns it off. It holds from when a server makes or takes over the device.
+pays and nobody else wants the processor; 0 turns it off. It holds from when a server makes or takes over the device. --queues
+holds from when a device is made: one that is taken over keeps what it has.
 
 A server started here ends with the last detach. On SIGTERM it ends too: devices in use are not taken away, they wait for
 the next attach, with everything that was accepted kept.
@@ -247,6 +248,14 @@ pub struct Attach {
         value_parser = clap::value_parser!(u32).range(..=i64::from(crate::engine::POLL_US_MAX))
     )]
     pub poll: Option<u32>,
+    /// Queues of the device, each with a thread, at most one a processor; kept for later [default: one for four processors]
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "bytes",
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::engine::QUEUES_MAX))
+    )]
+    pub queues: Option<u16>,
     /// Go on although writes that were acknowledged from memory are lost
     #[arg(long)]
     pub accept_loss: bool,

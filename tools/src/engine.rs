@@ -55,13 +55,23 @@ pub fn explain_loss(e: Error, noted: Option<&Path>) -> Error {
     Error::new(ErrorKind::Lost, format!("{}. The arena was looked for in {places}", e.report()))
 }
 
+/// What a user has asked for of a volume's device; `None`: what is usual.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// Microseconds that its queues look for requests before they sleep.
+    pub poll_us: Option<u32>,
+    /// Its queues, when it is made.
+    pub queues: Option<u16>,
+}
+
 /// How clients see the device of a volume.
 pub fn device_config(
     engine: &Engine,
     volume: &VolumeInfo,
     backing: &FileDisk,
-    poll_us: Option<u32>,
+    wishes: Wishes,
 ) -> DeviceConfig {
+    let Wishes { poll_us, queues } = wishes;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     // With one processor, whoever is looked for needs it.
     let poll_us = if cpus > 1 { poll_us.map_or(POLL_US, |us| us.min(POLL_US_MAX)) } else { 0 };
@@ -69,7 +79,10 @@ pub fn device_config(
         size_bytes: volume.size_bytes,
         logical_block_bytes: volume.block_bytes,
         physical_block_bytes: backing.preferred_block_bytes().max(volume.block_bytes),
-        queues: (cpus / QUEUE_CPUS).clamp(1, QUEUES_MAX) as u16,
+        queues: queues.map_or_else(
+            || (cpus / QUEUE_CPUS).clamp(1, QUEUES_MAX.into()) as u16,
+            |queues| queues.clamp(1, QUEUES_MAX.min(cpus.try_into().unwrap_or(u16::MAX))),
+        ),
         // One record holds a request; the kernel wants whole 64 KiB.
         max_io_bytes: (engine.request_bytes_max() & !0xffff).max(0x1_0000),
         volatile_cache: volume.ack != AckLevel::Log,
@@ -86,7 +99,7 @@ pub const POLL_US: u32 = 200;
 pub const POLL_US_MAX: u32 = 10_000;
 
 /// More queues than this do not help one log.
-const QUEUES_MAX: usize = 4;
+pub const QUEUES_MAX: u16 = 4;
 /// Processors that share a queue. Its thread runs on one of them, so that a client and the thread that serves it do not
 /// take turns on one processor: with a queue for each of two, 4 KiB writes went from 57,000 to 17,000 a second.
 const QUEUE_CPUS: usize = 4;

@@ -27,6 +27,8 @@ use tidegate_driver::format::volume_entry::check_name;
 use tidegate_driver::io::file::sync_dir_of;
 use uuid::Uuid;
 
+use crate::engine::Wishes;
+
 /// Version of the files here.
 const VERSION: u32 = 1;
 
@@ -48,6 +50,9 @@ pub struct Entry {
     /// Microseconds that its queues look for requests before they sleep; `None`: as many as is usual.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u32>,
+    /// Queues of its device when that is made; `None`: as many as is usual.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
 }
 
 impl Entry {
@@ -61,7 +66,13 @@ impl Entry {
             backing,
             volume_uuid,
             poll_us: None,
+            queues: None,
         }
+    }
+
+    /// What was asked for of its device.
+    pub fn wishes(&self) -> Wishes {
+        Wishes { poll_us: self.poll_us, queues: self.queues }
     }
 }
 

@@ -538,6 +538,14 @@ fn a_poll_is_some_microseconds_and_for_blocks() {
 }
 
 #[test]
+fn queues_are_few_and_for_blocks() {
+    let bench = Bench::with_volume();
+    bench.refused(&["attach", "db", "--queues", "0"], 2, "1..=4");
+    bench.refused(&["attach", "db", "--queues", "5"], 2, "1..=4");
+    bench.refused(&["attach", "db", "--queues", "2", "--bytes"], 2, "cannot be used with");
+}
+
+#[test]
 fn help_documents_exit_codes_and_examples() {
     let bench = Bench::new();
     let help = bench.ok(&["--help"]);

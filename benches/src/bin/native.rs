@@ -1,20 +1,27 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: native DIR [calls OPERATION N] | native costs
+//! Usage: native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs
 //!
 //! DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
+//! DISK: where they go to measure recovery from a disk
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use rustix::fs::{Advice, OFlags, fadvise};
 use tidegate_benches::note::Note;
 use tidegate_benches::{Effort, Place, VOLUME};
 use tidegate_driver::base::checksum::crc64;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::AckLevel;
+use tidegate_driver::io::AlignedBuf;
 use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
 const VOLUME_BYTES: u64 = 8 << 30;
@@ -27,12 +34,16 @@ fn main() {
             costs_of_a_block(1);
             Ok(())
         }
+        [recovery, disk] if recovery == "recovery" => recovery_from(Path::new(disk)),
         [dir] => measure(Path::new(dir)),
+        [dir, disk] => measure(Path::new(dir)).and_then(|()| recovery_from(Path::new(disk))),
         [dir, calls, operation, count] if calls == "calls" => {
             one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
         }
         _ => {
-            eprintln!("usage: native DIR | native DIR calls OPERATION N | native costs");
+            eprintln!(
+                "usage: native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs"
+            );
             std::process::exit(2);
         }
     };
@@ -76,7 +87,55 @@ fn measure(dir: &Path) -> Result<()> {
         Note::of("engine", &scenario, "memcpy + crc64 of one core", "rate", "records/s", bounds).print();
         note(&scenario, "rate", "records/s", rates);
     }
+    for (bytes, count) in [(4096usize, 100_000u64), (64, 400_000)] {
+        processors(dir, bytes, count, runs)?;
+    }
     recovery(dir, runs)
+}
+
+/// One door on one processor and two doors on two, in turn: everything that the process does, its log writes included, has no
+/// more than that. Where there is one processor only, nothing.
+fn processors(dir: &Path, bytes: usize, count: u64, runs: usize) -> Result<()> {
+    const TWO: &str = "tidegate, two doors on two processors";
+    let all = affinity()?;
+    let some: Vec<usize> =
+        (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false)).take(2).collect();
+    if some.len() < 2 {
+        return Ok(());
+    }
+    let ways = [(2, TWO), (1, "tidegate, one door on one processor")];
+    let mut rates = [Vec::new(), Vec::new()];
+    for _ in 0..runs {
+        for ((doors, _), rates) in ways.iter().zip(&mut rates) {
+            confine(&some[..*doors as usize])?;
+            let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
+            rates.extend(ingest(&place, bytes, count, 1, *doors)?.0);
+        }
+    }
+    sched_setaffinity(Pid::from_raw(0), &all).map_err(processor_error)?;
+    let scenario = format!("ingest, ack memory, {bytes} B records, processors");
+    for ((_, who), rates) in ways.iter().zip(rates) {
+        let note = Note::of("engine", &scenario, who, "rate", "records/s", rates);
+        Note { ours: TWO.into(), ..note }.print();
+    }
+    Ok(())
+}
+
+fn affinity() -> Result<CpuSet> {
+    sched_getaffinity(Pid::from_raw(0)).map_err(processor_error)
+}
+
+/// This thread, and all that it will start, run on these processors only.
+fn confine(cpus: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu).map_err(processor_error)?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set).map_err(processor_error)
+}
+
+fn processor_error(e: nix::Error) -> Error {
+    Error::io("cannot choose processors", e.into())
 }
 
 fn note(scenario: &str, measure: &str, unit: &str, values: Vec<f64>) {
@@ -188,10 +247,11 @@ fn write_records(client: &mut LocalClient, bytes: usize, count: u64, seed: u64) 
     Ok(())
 }
 
-/// Fills half of a stage of 1 GiB (the flusher starts above that) twice over, leaves it as a crash would, and opens it.
-fn recovery(dir: &Path, runs: usize) -> Result<()> {
+/// A stage of 2 GiB of which about half is in use (the flusher starts above that), as a crash leaves it, and how much.
+fn crashed(dir: &Path) -> Result<(Place, u64)> {
     let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
-    let engine = place.open(None)?;
+    let arena = Scratch::new()?;
+    let engine = place.open(Some(&arena.0))?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let data = vec![5u8; 4096];
     let mut staged = 0u64;
@@ -212,23 +272,101 @@ fn recovery(dir: &Path, runs: usize) -> Result<()> {
     let crashed = place.crashed_copy()?;
     drop(client);
     engine.close(true)?;
-    drop(engine);
+    Ok((crashed, staged))
+}
+
+/// A folder in memory, for arenas.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Scratch> {
+        let path = PathBuf::from(format!("/dev/shm/tidegate-native-{}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(|e| Error::io("cannot make a folder for the arena", e))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Opens what a crash left: milliseconds to the first read, and seconds until the whole log was read and verified.
+fn recover(place: &Place) -> Result<(f64, f64)> {
+    let arena = Scratch::new()?;
+    let started = Instant::now();
+    let engine = place.open(Some(&arena.0))?;
+    let mut client = LocalClient::new(&engine, VOLUME, 32)?;
+    client.read(0, 4096)?;
+    let first_read = started.elapsed().as_secs_f64() * 1000.0;
+    while engine.status().cold_regions > 0 {
+        thread::sleep(Duration::from_micros(200));
+    }
+    Ok((first_read, started.elapsed().as_secs_f64()))
+}
+
+fn recovery(dir: &Path, runs: usize) -> Result<()> {
+    let (crashed, staged) = crashed(dir)?;
     let (mut first_read, mut rate) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        let copy = crashed.crashed_copy()?;
-        let started = Instant::now();
-        let engine = copy.open(None)?;
-        let mut client = LocalClient::new(&engine, VOLUME, 32)?;
-        client.read(0, 4096)?;
-        first_read.push(started.elapsed().as_secs_f64() * 1000.0);
-        while engine.status().cold_regions > 0 {
-            std::thread::yield_now();
-        }
-        rate.push(staged as f64 / started.elapsed().as_secs_f64() / 1e9);
-        drop(client);
-        drop(engine);
+        let (first, whole) = recover(&crashed.crashed_copy()?)?;
+        first_read.push(first);
+        rate.push(staged as f64 / whole / 1e9);
     }
     note("recovery, about 1 GiB staged", "time to first read", "ms", first_read);
     note("recovery, about 1 GiB staged, whole log read and verified", "rate", "GB/s", rate);
     Ok(())
+}
+
+/// The same from a disk, in turn with reading as much of the stage from one end to the other, past the page cache.
+fn recovery_from(disk: &Path) -> Result<()> {
+    let runs = Effort::from_environment(false).runs;
+    let (crashed, staged) = crashed(disk)?;
+    let (mut first_read, mut rates) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
+    for run in 0..runs {
+        let copy = crashed.crashed_copy()?;
+        let stage = copy.dir().join("stage");
+        forget_cached(&stage)?;
+        // Whoever comes later may find more of it in the disk's own cache.
+        for turn in 0..3 {
+            let way = (run + turn) % 3;
+            let seconds = match way {
+                0 => {
+                    let (first, whole) = recover(&copy)?;
+                    first_read.push(first);
+                    whole
+                }
+                1 => read_through(&stage, staged, 1 << 20)?,
+                _ => read_through(&stage, staged, 8 << 20)?,
+            };
+            rates[way].push(staged as f64 / seconds / 1e9);
+        }
+    }
+    note("recovery from a disk, about 1 GiB staged", "time to first read", "ms", first_read);
+    let scenario = "recovery from a disk, about 1 GiB staged, whole log read and verified";
+    let who = ["tidegate", "the disk itself, reads of 1 MiB", "the disk itself, reads of 8 MiB"];
+    for (who, rates) in who.into_iter().zip(rates) {
+        Note::of("engine", scenario, who, "rate", "GB/s", rates).print();
+    }
+    Ok(())
+}
+
+/// What is cached of the file goes to the disk and out of memory.
+fn forget_cached(path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(|e| Error::io("cannot open the stage", e))?;
+    file.sync_all().map_err(|e| Error::io("cannot sync the stage", e))?;
+    fadvise(&file, 0, None, Advice::DontNeed).map_err(|e| Error::io("cannot drop what is cached", e.into()))
+}
+
+/// Seconds that it takes to read so much of the file, one read after the other, past the page cache.
+fn read_through(path: &Path, bytes: u64, each: usize) -> Result<f64> {
+    let file = File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path);
+    let file = file.map_err(|e| Error::io("cannot open the stage for direct reads", e))?;
+    let mut buffer = AlignedBuf::zeroed(each);
+    let started = Instant::now();
+    for at in (0..bytes).step_by(each) {
+        file.read_exact_at(&mut buffer, at).map_err(|e| Error::io("cannot read the stage", e))?;
+    }
+    Ok(started.elapsed().as_secs_f64())
 }

@@ -7,12 +7,12 @@ use std::io::Read as _;
 use std::path::Path;
 
 use tidegate_benches::note::Note;
-use tidegate_benches::page::with_tables;
+use tidegate_benches::page::{MATRIX, with_tables};
 use tidegate_benches::plot::svg;
 use tidegate_benches::row::{Row, from_csv, merged, rows_of, to_csv};
 
 /// Stands that need no kernel device; the others are those of the test machine.
-const NATIVE: [&str; 4] = ["engine", "durable appends", "nbd", "counts"];
+const NATIVE: [&str; 5] = ["engine", "durable appends", "nbd", "counts", "flat cost"];
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -40,7 +40,7 @@ fn report(result: &str, kept: &str, page: &str) -> Result<(), String> {
     let after = with_tables(&before, &rows).map_err(|e| format!("{page}: {e}"))?;
     let native = |row: &&Row| NATIVE.contains(&row.stand.as_str());
     let here: Vec<&Row> = rows.iter().filter(native).collect();
-    let there: Vec<&Row> = rows.iter().filter(|row| !native(row)).collect();
+    let there: Vec<&Row> = rows.iter().filter(|row| !native(row) && row.stand != MATRIX).collect();
     let beside = |name: &str| Path::new(page).with_file_name(name);
     let title = |where_: &str| {
         format!("How many times better Tidegate is than each peer, {where_}, medians (1 = equal)")

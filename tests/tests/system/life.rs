@@ -196,6 +196,22 @@ pub fn of_two_attaches_one_wins() {
     nothing_is_left(&place);
 }
 
+pub fn a_device_has_the_queues_that_were_asked_for() {
+    let place = Place::new("queues");
+    place.create("v", "16M", "20M", &[]);
+    let queues = |device: &str| {
+        let folder = device.replace("/dev", "/sys/block") + "/mq";
+        std::fs::read_dir(folder).unwrap().count()
+    };
+    let asked = std::thread::available_parallelism().map_or(1, usize::from).min(2);
+    for (more, expected) in [(&["--queues", "2"][..], asked), (&[][..], asked), (&["--queues", "1"][..], 1)] {
+        let device = place.tidegate(&[&["attach", "v"], more].concat());
+        assert_eq!(queues(&device), expected, "{more:?}");
+        place.detach("v");
+    }
+    nothing_is_left(&place);
+}
+
 pub fn sigterm_hands_a_mounted_device_over() {
     let place = Place::new("term");
     let device = mounted(&place);

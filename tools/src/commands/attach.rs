@@ -19,6 +19,7 @@ use tidegate_ublk::info::block_path;
 
 use crate::cli::{Allow, Attach};
 use crate::client::Client;
+use crate::engine::Wishes;
 use crate::protocol::{Reply, Request};
 use crate::registry::{Entry, Registry, StageDir};
 use crate::server::GateConfig;
@@ -43,10 +44,12 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     }
     wait_for_devices(&entry, Duration::from_secs(args.wait));
     stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
-    if let Some(poll_us) = args.poll.filter(|_| args.poll != entry.poll_us)
-        && let Err(e) = keep_poll(registry, &entry.name, poll_us)
+    let wishes = Wishes { poll_us: args.poll.or(entry.poll_us), queues: args.queues.or(entry.queues) };
+    if wishes != entry.wishes()
+        && let Err(e) = keep(registry, &entry.name, wishes)
     {
-        report::note(format!("--poll may have no effect, as it cannot be kept: {}", e.report()));
+        let what = "--poll and --queues may have no effect, as they cannot be kept";
+        report::note(format!("{what}: {}", e.report()));
     }
     if args.foreground {
         server::foreground(registry, &entry, args.accept_loss, gate, args.json)?;
@@ -67,14 +70,14 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Notes for the server how long the device's threads are to look for requests.
-fn keep_poll(registry: &Registry, name: &str, poll_us: u32) -> Result<()> {
+/// Notes for the server what is asked for of the device.
+fn keep(registry: &Registry, name: &str, wishes: Wishes) -> Result<()> {
     // Others may hold it for long, and a device is waited for.
     let Some(_lock) = registry.try_lock()? else {
         return Err(Error::new(ErrorKind::Busy, "another command is changing the state directory"));
     };
     let entry = registry.get(name)?;
-    registry.put(&Entry { poll_us: Some(poll_us), ..entry })
+    registry.put(&Entry { poll_us: wishes.poll_us, queues: wishes.queues, ..entry })
 }
 
 /// Waits for stage and backing, which at boot may appear after this is started. Those that stay away are missed by
@@ -186,7 +189,7 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
             ),
         ));
     }
-    let poll_us = known.as_ref().and_then(|entry| entry.poll_us);
+    let Wishes { poll_us, queues } = known.as_ref().map_or_else(Wishes::default, Entry::wishes);
     let backing = match (&args.backing, known) {
         (Some(path), _) => {
             let path = paths::absolute(path)?;
@@ -203,7 +206,7 @@ fn locate(registry: &Registry, args: &Attach) -> Result<Entry> {
         other.stage.clone_from(&stage);
         registry.put(&other)?;
     }
-    let entry = Entry { poll_us, ..Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid) };
+    let entry = Entry { poll_us, queues, ..Entry::new(&args.name, stage, stage_uuid, backing, volume.uuid) };
     registry.put(&entry)?;
     Ok(entry)
 }

@@ -15,7 +15,7 @@ use tidegate_ublk::{Device, Start, Status, StopMode, sys};
 use super::Server;
 use super::gates::Opened;
 use super::state::close;
-use crate::engine::{self, Doors};
+use crate::engine::{self, Doors, Wishes};
 use crate::links;
 use crate::protocol::{DeviceStatus, ServerStatus};
 
@@ -134,8 +134,8 @@ impl Server {
             None => Start::New,
         };
         // Nothing to hold a device up for.
-        let poll_us = self.entry(volume).ok().flatten().and_then(|entry| entry.poll_us);
-        let config = engine::device_config(&self.engine, volume, &backing, poll_us);
+        let wishes = self.entry(volume).ok().flatten().map_or_else(Wishes::default, |entry| entry.wishes());
+        let config = engine::device_config(&self.engine, volume, &backing, wishes);
         let doors = Doors { engine: Arc::clone(&self.engine), volume: volume.id };
         let device = Device::start(&config, start, Arc::new(doors))?;
         let path = device.path();
