@@ -26,6 +26,9 @@ use crate::format::record::record_bytes;
 use crate::io::op::SharedMemory;
 use zerocopy::IntoBytes;
 
+/// Size of a large page.
+const HUGE_BYTES: usize = 2 << 20;
+
 /// A mapped arena.
 pub struct Arena {
     base: *mut u8,
@@ -87,6 +90,36 @@ fn refuse_open_folder(dir: &Path) -> Result<()> {
         dir.display()
     );
     Err(Error::new(ErrorKind::Permission, what))
+}
+
+/// Addresses for a mapping of `len` bytes, at a multiple of [`HUGE_BYTES`], which large pages need. Null, which leaves the
+/// choice to the kernel, if there are none.
+fn reserve_aligned(len: usize) -> *mut libc::c_void {
+    let reserved = len + HUGE_BYTES;
+    // SAFETY: new addresses of the kernel's choice, without memory.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            reserved,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return std::ptr::null_mut();
+    }
+    let before = base.align_offset(HUGE_BYTES);
+    let used = len.next_multiple_of(4096);
+    // SAFETY: what lies before and behind the aligned part, which nobody uses; the part itself is mapped over next.
+    unsafe {
+        if before > 0 {
+            libc::munmap(base, before);
+        }
+        libc::munmap(base.add(before + used), reserved - before - used);
+        base.add(before)
+    }
 }
 
 impl Arena {
@@ -164,7 +197,20 @@ impl Arena {
             libc::madvise(self.base.add(at).cast(), self.region_bytes as usize, libc::MADV_POPULATE_WRITE)
         };
         // A kernel that does not know it has faults instead.
+        self.enlarge_pages(at);
         Ok(())
+    }
+
+    /// Has the kernel put the small pages of the slot that begins at `at` together into large ones, as far as it can and will:
+    /// records lie on as many pages as they are blocks, and finding a page takes as long as copying a block. The large page
+    /// before the slot, which began in the slot before, is done with it.
+    fn enlarge_pages(&self, at: usize) {
+        let (from, to) = (at & !(HUGE_BYTES - 1), (at + self.region_bytes as usize) & !(HUGE_BYTES - 1));
+        if (self.region_bytes as usize) < HUGE_BYTES {
+            return;
+        }
+        // SAFETY: within the mapping; the kernel copies what others store there meanwhile, too, and changes no byte.
+        unsafe { libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE) };
     }
 
     fn allocate_bytes(&self, offset: u64, len: u64) -> Result<()> {
@@ -239,13 +285,14 @@ impl Arena {
     fn map(file: File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
         use std::os::fd::AsRawFd;
         let len = Arena::file_bytes(identity);
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice; the descriptor is open.
+        let base = reserve_aligned(len);
+        // SAFETY: a shared mapping in the place that was just reserved for it; the descriptor is open.
         let base = unsafe {
             libc::mmap(
-                std::ptr::null_mut(),
+                base,
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
+                libc::MAP_SHARED | if base.is_null() { 0 } else { libc::MAP_FIXED },
                 file.as_raw_fd(),
                 0,
             )
