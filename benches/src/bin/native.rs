@@ -1,20 +1,22 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: native DIR [calls OPERATION N] | native costs
+//! Usage: native DIR [recovery] | native DIR calls OPERATION N | native costs
 //!
 //! DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tidegate_benches::note::Note;
 use tidegate_benches::{Effort, Place, VOLUME};
 use tidegate_driver::base::checksum::crc64;
 use tidegate_driver::base::{Error, ErrorKind, Result};
 use tidegate_driver::format::volume_entry::AckLevel;
+use tidegate_driver::io::file::FileDisk;
+use tidegate_driver::io::{AlignedBuf, Disk as _};
 use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
 const VOLUME_BYTES: u64 = 8 << 30;
@@ -28,11 +30,14 @@ fn main() {
             Ok(())
         }
         [dir] => measure(Path::new(dir)),
+        [dir, part] if part == "recovery" => {
+            recovery(Path::new(dir), Effort::from_environment(false).runs)
+        }
         [dir, calls, operation, count] if calls == "calls" => {
             one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
         }
         _ => {
-            eprintln!("usage: native DIR | native DIR calls OPERATION N | native costs");
+            eprintln!("usage: native DIR [recovery] | native DIR calls OPERATION N | native costs");
             std::process::exit(2);
         }
     };
@@ -188,10 +193,12 @@ fn write_records(client: &mut LocalClient, bytes: usize, count: u64, seed: u64) 
     Ok(())
 }
 
-/// Fills half of a stage of 1 GiB (the flusher starts above that) twice over, leaves it as a crash would, and opens it.
+/// Stages about 1 GiB of a stage of 2 GiB (the flusher starts above half), leaves it as a crash would, and opens it. In turn with
+/// it, as much is read of the same file. The arena is in memory, wherever the files are.
 fn recovery(dir: &Path, runs: usize) -> Result<()> {
+    let arena_dir = PathBuf::from(format!("/dev/shm/tidegate-bench-{}", std::process::id()));
     let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
-    let engine = place.open(None)?;
+    let engine = place.open(Some(&arena_dir))?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let data = vec![5u8; 4096];
     let mut staged = 0u64;
@@ -213,22 +220,42 @@ fn recovery(dir: &Path, runs: usize) -> Result<()> {
     drop(client);
     engine.close(true)?;
     drop(engine);
-    let (mut first_read, mut rate) = (Vec::new(), Vec::new());
+    drop(place);
+    let (mut first_read, mut rate, mut bounds) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs {
         let copy = crashed.crashed_copy()?;
+        // As after a power cut: everything is on the disk, nothing is in memory.
+        let stage = FileDisk::open_to_look(&copy.dir().join("stage"))?;
+        stage.sync()?;
+        let _ = std::fs::remove_dir_all(&arena_dir);
+        bounds.push(read_rate(&stage, staged)?);
+        drop(stage);
         let started = Instant::now();
-        let engine = copy.open(None)?;
+        let engine = copy.open(Some(&arena_dir))?;
         let mut client = LocalClient::new(&engine, VOLUME, 32)?;
         client.read(0, 4096)?;
         first_read.push(started.elapsed().as_secs_f64() * 1000.0);
         while engine.status().cold_regions > 0 {
-            std::thread::yield_now();
+            thread::sleep(Duration::from_millis(1));
         }
         rate.push(staged as f64 / started.elapsed().as_secs_f64() / 1e9);
         drop(client);
         drop(engine);
     }
+    let _ = std::fs::remove_dir_all(&arena_dir);
     note("recovery, about 1 GiB staged", "time to first read", "ms", first_read);
-    note("recovery, about 1 GiB staged, whole log read and verified", "rate", "GB/s", rate);
+    let scenario = "recovery, about 1 GiB staged, whole log read and verified";
+    Note::of("engine", scenario, "the file read from front to back", "rate", "GB/s", bounds).print();
+    note(scenario, "rate", "GB/s", rate);
     Ok(())
+}
+
+/// GB/s at which the first `bytes` of a disk are read, a region's worth at a time.
+fn read_rate(disk: &FileDisk, bytes: u64) -> Result<f64> {
+    let mut buffer = AlignedBuf::zeroed(4 << 20);
+    let started = Instant::now();
+    for offset in (0..bytes).step_by(buffer.len()) {
+        disk.read(offset, &mut buffer)?;
+    }
+    Ok(bytes as f64 / started.elapsed().as_secs_f64() / 1e9)
 }
