@@ -30,9 +30,7 @@ fn main() {
             Ok(())
         }
         [dir] => measure(Path::new(dir)),
-        [dir, part] if part == "recovery" => {
-            recovery(Path::new(dir), Effort::from_environment(false).runs)
-        }
+        [dir, part] if part == "recovery" => recovery(Path::new(dir), Effort::from_environment(false).runs),
         [dir, calls, operation, count] if calls == "calls" => {
             one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
         }
@@ -193,8 +191,8 @@ fn write_records(client: &mut LocalClient, bytes: usize, count: u64, seed: u64) 
     Ok(())
 }
 
-/// Stages about 1 GiB of a stage of 2 GiB (the flusher starts above half), leaves it as a crash would, and opens it. In turn with
-/// it, as much is read of the same file. The arena is in memory, wherever the files are.
+/// Stages about 1 GiB of a stage of 2 GiB (the flusher starts above half), leaves it as a crash would, and opens it. In turn
+/// with it, as much is read of the same file. The arena is in memory, wherever the files are.
 fn recovery(dir: &Path, runs: usize) -> Result<()> {
     let arena_dir = PathBuf::from(format!("/dev/shm/tidegate-bench-{}", std::process::id()));
     let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
@@ -227,6 +225,7 @@ fn recovery(dir: &Path, runs: usize) -> Result<()> {
         // As after a power cut: everything is on the disk, nothing is in memory.
         let stage = FileDisk::open_to_look(&copy.dir().join("stage"))?;
         stage.sync()?;
+        FileDisk::open_to_look(&copy.dir().join("backing"))?.sync()?;
         let _ = std::fs::remove_dir_all(&arena_dir);
         bounds.push(read_rate(&stage, staged)?);
         drop(stage);
