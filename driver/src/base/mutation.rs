@@ -169,8 +169,14 @@ pub const fn is(_: Mutation) -> bool {
     false
 }
 
+/// `run`, to be called by another thread with the bug that is switched on in this one.
+#[cfg(not(feature = "mutations"))]
+pub fn carried<T>(run: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    run
+}
+
 #[cfg(feature = "mutations")]
-pub use switch::{is, set};
+pub use switch::{carried, is, set};
 
 #[cfg(feature = "mutations")]
 mod switch {
@@ -186,6 +192,15 @@ mod switch {
     #[must_use]
     pub fn is(mutation: Mutation) -> bool {
         ON.get() == Some(mutation)
+    }
+
+    /// `run`, to be called by another thread with the bug that is switched on in this one.
+    pub fn carried<T>(run: impl FnOnce() -> T) -> impl FnOnce() -> T {
+        let on = ON.get();
+        move || {
+            set(on);
+            run()
+        }
     }
 
     /// Switches one bug on in this thread, and every other one off.

@@ -7,6 +7,21 @@ use crate::base::Result;
 pub trait Disk: Send + Sync {
     /// Fills `buf` from `offset`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+    /// Reads `places`, each an offset and a length, and hands their bytes to `take`, in order, with the place's number. Devices
+    /// that like to do several things at once are asked for several at once. Ends with the first error.
+    fn read_each(
+        &self,
+        places: &[(u64, usize)],
+        take: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut bytes = Vec::new();
+        for (i, &(offset, len)) in places.iter().enumerate() {
+            bytes.resize(len, 0);
+            self.read(offset, &mut bytes)?;
+            take(i, &bytes)?;
+        }
+        Ok(())
+    }
     /// Writes `data` at `offset`; durable after the next successful [`Disk::sync`].
     fn write(&self, offset: u64, data: &[u8]) -> Result<()>;
     /// Makes every completed write durable.

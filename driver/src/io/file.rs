@@ -8,6 +8,7 @@
 //!   long as the disk lives. Mounted devices are refused by the same means.
 //! - Length: whole blocks. Bytes of a file beyond its last whole block do not exist here.
 
+mod batch;
 mod create;
 mod holders;
 mod sys;
@@ -350,6 +351,14 @@ impl Disk for FileDisk {
             buf[callers].copy_from_slice(&bounce[inside]);
             Ok(())
         })
+    }
+
+    fn read_each(
+        &self,
+        places: &[(u64, usize)],
+        take: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        batch::read_each(self, places, take)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

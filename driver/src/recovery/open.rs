@@ -32,7 +32,6 @@ use crate::format::volume_entry::{AckLevel, VolumeInfo};
 use crate::io::Disk;
 use crate::stage::arena::Arena;
 use crate::stage::core::{Core, CoreStart};
-use crate::stage::index::Index;
 use crate::stage::ring::{ClosedGroup, RegionState, Ring, RingTail, TableState};
 use crate::stage::walk::{Rules, arena_groups};
 use crate::volume::status::RecoveryReport;
@@ -127,13 +126,13 @@ pub fn open(
         report.records_from_arena = log.next_lsn.0 - 1 - log_end.0;
     }
     let patches = patches::pending(stage, &superblock, &log.checkpoint, log_end)?;
-    let indexes = staged.finish();
-    check_staged(&indexes, &mut unusable)?;
+    check_staged(&staged, &mut unusable)?;
     if targets.is_empty()
         && let Some((_, error)) = unusable.pop_first()
     {
         return Err(error);
     }
+    let building = staged.finish();
 
     // Not those of volumes that cannot be used or are forgotten: what fails there is no business of the others.
     let usable: BTreeMap<VolumeId, &dyn Disk> = backings
@@ -194,7 +193,7 @@ pub fn open(
         ring,
         durable: log_end,
         checkpoint: log.checkpoint.lsn,
-        indexes,
+        indexes: building.wait(),
         allocated: false,
     });
     Ok(Opened { superblock, core, arena, rules, checkpoint: log.checkpoint, targets, report })
@@ -362,9 +361,8 @@ fn check_backings(
 
 /// Refuses the stage if something is staged for a volume whose backing cannot be used: the volumes of a stage share one
 /// order, so none could be flushed past it.
-fn check_staged(indexes: &BTreeMap<VolumeId, Index>, unusable: &mut BTreeMap<VolumeId, Error>) -> Result<()> {
-    let staged = |id: &VolumeId| indexes.get(id).is_some_and(|index| !index.is_empty());
-    let Some(id) = unusable.keys().copied().find(staged) else { return Ok(()) };
+fn check_staged(staged: &Staged, unusable: &mut BTreeMap<VolumeId, Error>) -> Result<()> {
+    let Some(id) = unusable.keys().copied().find(|id| staged.has(*id)) else { return Ok(()) };
     let error = unusable.remove(&id).expect("found above");
     Err(Error::new(
         error.kind(),

@@ -6,15 +6,14 @@ use crate::base::{ByteRange, Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId}
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{CHECKPOINT_SLOT_BYTES, CHECKPOINT_SLOTS, Geometry, checkpoint_offset};
 use crate::format::record::RecordKind;
-use crate::format::region::{FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo};
+use crate::format::region::{
+    FOOTER_BYTES, RegionStart, TABLE_ENTRY_BYTES, TableEntry, TableInfo, table_bytes,
+};
 use crate::format::superblock::Superblock;
 use crate::io::Disk;
 use crate::stage::ring::{RegionState, TableState};
 use crate::stage::walk::{Expected, Placed, Rules, later_group, remains, whole_group};
 use zerocopy::FromBytes;
-
-/// How much of a region's end is read at once in the hope that it holds the whole table.
-const TABLE_READ_BYTES: u32 = 64 << 10;
 
 /// A record as recovery needs it: position, not payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,13 +112,17 @@ impl Scanner<'_> {
     }
 
     fn region_starts(&self) -> Result<Vec<Option<RegionStart>>> {
-        let mut bytes = vec![0; self.geometry.block_bytes as usize];
-        (0..self.geometry.region_count)
-            .map(|slot| {
-                self.disk.read(self.geometry.region_offset(RegionSeq(u64::from(slot) + 1)), &mut bytes)?;
-                Ok(RegionStart::decode(&bytes, self.rules.salt, slot, self.geometry.region_count))
-            })
-            .collect()
+        let count = self.geometry.region_count;
+        let place = |slot: u32| {
+            (self.geometry.region_offset(RegionSeq(u64::from(slot) + 1)), self.geometry.block_bytes as usize)
+        };
+        let places: Vec<(u64, usize)> = (0..count).map(place).collect();
+        let mut starts = Vec::with_capacity(places.len());
+        self.disk.read_each(&places, &mut |slot, bytes| {
+            starts.push(RegionStart::decode(bytes, self.rules.salt, slot as u32, count));
+            Ok(())
+        })?;
+        Ok(starts)
     }
 
     /// The regions that make up the log, oldest first, the checkpoint to use with them, and whether the first of them, which
@@ -205,33 +208,7 @@ impl Scanner<'_> {
             by_scan: 0,
             notes,
         };
-        for (i, &start) in chain.iter().enumerate() {
-            if start.first_lsn != log.next_lsn || start.first_group_seq != log.next_group_seq {
-                let what =
-                    format!("the region starts at LSN {}, expected was {}", start.first_lsn, log.next_lsn);
-                return Err(self.damaged(start.seq, 0, &what));
-            }
-            let next = chain.get(i + 1);
-            if i == 0 && headless {
-                let region = self.read_headless(start, &mut log)?;
-                log.regions.push(region);
-                continue;
-            }
-            let region = match next.map(|next| self.read_table(start, next, visit)).transpose()?.flatten() {
-                Some(region) => {
-                    log.by_table += 1;
-                    region
-                }
-                None => {
-                    log.by_scan += 1;
-                    self.read_groups(start, next, &mut log, visit)?
-                }
-            };
-            log.next_lsn = region.last_lsn().next();
-            log.next_group_seq = start.first_group_seq + u64::from(region.group_count);
-            log.regions.push(region);
-        }
-        self.check_nothing_follows(&log)?;
+        self.read_regions(&chain, headless, &mut log, visit)?;
         if self.rules.was_durable(log.next_group_seq)
             && !is(Mutation::DamageTakenForTheEnd)
             && !is(Mutation::LastGroupIsDropped)
@@ -255,17 +232,75 @@ impl Scanner<'_> {
         Ok(log)
     }
 
-    /// Looks into the slot behind the last region: if that region's header was damaged, its groups would be missed. A first
-    /// group that was torn has the next number; a higher one proves that it had been durable.
-    fn check_nothing_follows(&self, log: &ScannedLog) -> Result<()> {
-        if log.regions.len() == self.geometry.region_count as usize {
-            return Ok(());
+    /// Reads the regions of the log: tables, the whole last region, and the slot behind it.
+    fn read_regions(
+        &self,
+        chain: &[RegionStart],
+        headless: bool,
+        log: &mut ScannedLog,
+        visit: &mut dyn FnMut(&Found),
+    ) -> Result<()> {
+        let whole = |seq: RegionSeq| (self.geometry.region_offset(seq), self.geometry.region_bytes as usize);
+        let last = chain.last().expect("a log has a region").seq;
+        let mut places: Vec<(u64, usize)> =
+            chain.windows(2).map(|pair| self.table_place(&pair[0], &pair[1])).collect();
+        places.push(whole(last));
+        if chain.len() < self.geometry.region_count as usize {
+            places.push(whole(last.next()));
         }
-        let seq = log.regions.last().expect("a log has a region").start.seq.next();
-        let mut image = vec![0; self.geometry.region_bytes as usize];
-        self.disk.read(self.geometry.region_offset(seq), &mut image)?;
-        let from = self.geometry.block_bytes;
-        match later_group(&image, from, seq, log.next_group_seq, &self.rules) {
+        self.disk.read_each(&places, &mut |i, bytes| {
+            let Some(&start) = chain.get(i) else {
+                return self.check_nothing_follows(last.next(), bytes, log.next_group_seq);
+            };
+            if start.first_lsn != log.next_lsn || start.first_group_seq != log.next_group_seq {
+                let what =
+                    format!("the region starts at LSN {}, expected was {}", start.first_lsn, log.next_lsn);
+                return Err(self.damaged(start.seq, 0, &what));
+            }
+            if headless {
+                let region = self.read_headless(start, bytes, log)?;
+                log.regions.push(region);
+                return Ok(());
+            }
+            let region = match chain.get(i + 1) {
+                None => self.read_groups(start, None, bytes, log, visit)?,
+                Some(next) => match self.read_table(start, next, bytes, visit) {
+                    Some(region) => region,
+                    None => {
+                        let mut image = vec![0; self.geometry.region_bytes as usize];
+                        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
+                        self.read_groups(start, Some(next), &image, log, visit)?
+                    }
+                },
+            };
+            match region.table {
+                TableState::Written => log.by_table += 1,
+                _ => log.by_scan += 1,
+            }
+            log.next_lsn = region.last_lsn().next();
+            log.next_group_seq = start.first_group_seq + u64::from(region.group_count);
+            log.regions.push(region);
+            Ok(())
+        })
+    }
+
+    /// Where the table of a region that `next` follows is, if it is there: at the region's end, and `next` tells how long
+    /// it is.
+    fn table_place(&self, start: &RegionStart, next: &RegionStart) -> (u64, usize) {
+        let Geometry { region_bytes, block_bytes, .. } = self.geometry;
+        let count = next.first_lsn.0.saturating_sub(start.first_lsn.0);
+        let len = u32::try_from(count)
+            .map(|count| table_bytes(count, block_bytes))
+            .ok()
+            .filter(|len| *len < region_bytes)
+            .unwrap_or(block_bytes);
+        (self.geometry.region_offset(start.seq) + u64::from(region_bytes - len), len as usize)
+    }
+
+    /// Looks into `image`, the slot behind the last region: if that region's header was damaged, its groups would be missed. A
+    /// first group that was torn has the next number; a higher one proves that it had been durable.
+    fn check_nothing_follows(&self, seq: RegionSeq, image: &[u8], group_seq: u64) -> Result<()> {
+        match later_group(image, self.geometry.block_bytes, seq, group_seq, &self.rules) {
             None => Ok(()),
             Some((at, group)) => {
                 let what = format!(
@@ -301,12 +336,10 @@ impl Scanner<'_> {
     /// Reads a region whose header is not there. The header is written together with the first group, so that write was never
     /// whole, and the group was never acknowledged: it is given up even if it is whole itself, or the region would go on
     /// without a header.
-    fn read_headless(&self, start: RegionStart, log: &mut ScannedLog) -> Result<RegionState> {
-        let mut image = vec![0; self.geometry.region_bytes as usize];
-        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
+    fn read_headless(&self, start: RegionStart, image: &[u8], log: &mut ScannedLog) -> Result<RegionState> {
         let from = self.geometry.block_bytes;
         let first = start.first_group_seq;
-        if let Some((at, group)) = later_group(&image, from, start.seq, first, &self.rules) {
+        if let Some((at, group)) = later_group(image, from, start.seq, first, &self.rules) {
             let what = format!(
                 "the region's header is invalid, but group {} at offset {at} exists",
                 group.group_seq
@@ -315,9 +348,8 @@ impl Scanner<'_> {
         }
         log.by_scan += 1;
         let expected = Expected { region: start.seq, group_seq: first, first_lsn: start.first_lsn };
-        log.torn_bytes = u64::from(remains(&image, from, expected, &self.rules));
-        image.truncate(from as usize);
-        log.tail_image = image;
+        log.torn_bytes = u64::from(remains(image, from, expected, &self.rules));
+        log.tail_image = image[..from as usize].to_vec();
         Ok(RegionState {
             start,
             record_count: 0,
@@ -329,50 +361,38 @@ impl Scanner<'_> {
         })
     }
 
-    /// Reads a full region by its table. `None` if the table is not valid or does not lead to `next`.
+    /// Takes a full region by its table, which is `bytes` ([`Scanner::table_place`]). `None` if the table is not valid or does
+    /// not lead to `next`.
     fn read_table(
         &self,
         start: RegionStart,
         next: &RegionStart,
+        bytes: &[u8],
         visit: &mut dyn FnMut(&Found),
-    ) -> Result<Option<RegionState>> {
+    ) -> Option<RegionState> {
         let (region_bytes, block_bytes) = (self.geometry.region_bytes, self.geometry.block_bytes);
-        let offset = self.geometry.region_offset(start.seq);
-        let mut bytes = vec![0; TABLE_READ_BYTES.min(region_bytes) as usize];
-        self.disk.read(offset + u64::from(region_bytes) - bytes.len() as u64, &mut bytes)?;
         let footer = &bytes[bytes.len() - FOOTER_BYTES as usize..];
-        let Some(info) = TableInfo::decode(footer, self.rules.salt, start, region_bytes, block_bytes) else {
-            return Ok(None);
-        };
+        let info = TableInfo::decode(footer, self.rules.salt, start, region_bytes, block_bytes)?;
         let complete = start.first_lsn.plus(u64::from(info.entry_count)) == next.first_lsn
             && start.first_group_seq + u64::from(info.group_count) == next.first_group_seq;
-        if !complete {
-            return Ok(None);
+        if !complete || table_bytes(info.entry_count, block_bytes) as usize != bytes.len() {
+            return None;
         }
-        let table_offset = info.table_offset(region_bytes, block_bytes);
-        let missing = (region_bytes - table_offset) as usize;
-        if missing > bytes.len() {
-            bytes.resize(missing, 0);
-            self.disk.read(offset + u64::from(table_offset), &mut bytes)?;
-        }
-        let from = bytes.len() - missing;
-        let table = &bytes[from..from + (info.entry_count * TABLE_ENTRY_BYTES) as usize];
+        let table = &bytes[..(info.entry_count * TABLE_ENTRY_BYTES) as usize];
         if crc64(table) != info.table_checksum {
-            return Ok(None);
+            return None;
         }
         let mut found = Vec::with_capacity(info.entry_count as usize);
         for (i, entry) in table.chunks_exact(TABLE_ENTRY_BYTES as usize).enumerate() {
             let entry = TableEntry::read_from_bytes(entry).expect("a chunk has the size of an entry");
             let end = u64::from(entry.record_offset.get()) + 64 + u64::from(entry.payload_bytes.get());
-            let Some((kind, range)) = entry.parts().filter(|_| end <= u64::from(info.data_end)) else {
-                return Ok(None);
-            };
+            let (kind, range) = entry.parts().filter(|_| end <= u64::from(info.data_end))?;
             let lsn = start.first_lsn.plus(i as u64);
             let record_offset = entry.record_offset.get();
             found.push(Found { lsn, volume: entry.volume(), kind, range, region: start.seq, record_offset });
         }
         found.iter().for_each(visit);
-        Ok(Some(RegionState {
+        Some(RegionState {
             start,
             record_count: info.entry_count,
             group_count: info.group_count,
@@ -380,7 +400,7 @@ impl Scanner<'_> {
             durable_end: info.data_end,
             resident: false,
             table: TableState::Written,
-        }))
+        })
     }
 
     /// Reads a region group by group, checking everything. The last region may end anywhere; another must lead to `next`.
@@ -388,12 +408,11 @@ impl Scanner<'_> {
         &self,
         start: RegionStart,
         next: Option<&RegionStart>,
+        image: &[u8],
         log: &mut ScannedLog,
         visit: &mut dyn FnMut(&Found),
     ) -> Result<RegionState> {
-        let mut image = vec![0; self.geometry.region_bytes as usize];
-        self.disk.read(self.geometry.region_offset(start.seq), &mut image)?;
-        let mut walked = walk_region(&image, start, &self.rules);
+        let mut walked = walk_region(image, start, &self.rules);
         if is(Mutation::LastGroupIsDropped) && next.is_none() && walked.group_count > 1 {
             walked = walk_region(&image[..walked.data_end as usize - 1], start, &self.rules);
         }
@@ -417,16 +436,15 @@ impl Scanner<'_> {
                 );
                 return Err(self.damaged(start.seq, walked.data_end, &what));
             }
-            if let Some((at, group)) = later_group(&image, walked.data_end, start.seq, seq, &self.rules)
+            if let Some((at, group)) = later_group(image, walked.data_end, start.seq, seq, &self.rules)
                 .filter(|_| !is(Mutation::DamageTakenForTheEnd) && !is(Mutation::LastGroupIsDropped))
             {
                 let what =
                     format!("group {seq} is invalid, but group {} at offset {at} exists", group.group_seq);
                 return Err(self.damaged(start.seq, walked.data_end, &what));
             }
-            log.torn_bytes = u64::from(remains(&image, walked.data_end, walked.next, &self.rules));
-            image.truncate(walked.data_end as usize);
-            log.tail_image = image;
+            log.torn_bytes = u64::from(remains(image, walked.data_end, walked.next, &self.rules));
+            log.tail_image = image[..walked.data_end as usize].to_vec();
         }
         for (record_offset, record) in &walked.records {
             visit(&Found {

@@ -19,6 +19,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use parking_lot::Mutex;
+
 use super::ring::{ClosedGroup, Slot};
 use crate::base::{Error, ErrorKind, RegionSeq, Result};
 use crate::format::arena::{ARENA_HEADER_BYTES, ArenaIdentity};
@@ -37,6 +39,8 @@ pub struct Arena {
     region_count: u32,
     /// Readers that use bytes of a slot, per slot: such a slot is not given to a new region.
     pins: Vec<AtomicU32>,
+    /// Whether a slot's memory exists, per slot. Held while it is made, so that it is made once.
+    made: Vec<Mutex<bool>>,
     /// The file and its path; none for an anonymous arena.
     file: Option<(File, PathBuf)>,
 }
@@ -188,8 +192,13 @@ impl Arena {
 
     /// Makes sure that the pages of the slot of region `seq` exist: a store into a page that tmpfs cannot provide would
     /// kill the process. To be called before anything is stored there; takes time in proportion to the region. The pages
-    /// are mapped, too, so that whoever stores there does not fault on each.
+    /// are mapped, too, so that whoever stores there does not fault on each. What exists already takes no time, so somebody
+    /// else may do it before it is needed.
     pub fn allocate(&self, seq: RegionSeq) -> Result<()> {
+        let mut made = self.made[seq.slot(self.region_count) as usize].lock();
+        if *made {
+            return Ok(());
+        }
         let at = self.position(seq, 0);
         self.allocate_bytes(at as u64, u64::from(self.region_bytes))?;
         // SAFETY: the slot lies within the mapping (checked by `position`); populating changes no byte.
@@ -197,18 +206,19 @@ impl Arena {
             libc::madvise(self.base.add(at).cast(), self.region_bytes as usize, libc::MADV_POPULATE_WRITE)
         };
         // A kernel that does not know it has faults instead.
-        self.enlarge_pages(at);
+        *made = true;
         Ok(())
     }
 
-    /// Has the kernel put the small pages of the slot that begins at `at` together into large ones, as far as it can and will:
+    /// Has the kernel put the small pages of the slot of region `seq` together into large ones, as far as it can and will:
     /// records lie on as many pages as they are blocks, and finding a page takes as long as copying a block. The large page
-    /// before the slot, which began in the slot before, is done with it.
-    fn enlarge_pages(&self, at: usize) {
-        let (from, to) = (at & !(HUGE_BYTES - 1), (at + self.region_bytes as usize) & !(HUGE_BYTES - 1));
+    /// that began in the slot before is done with it, whoever uses that. Takes a millisecond or a few.
+    pub(crate) fn enlarge_pages(&self, seq: RegionSeq) {
         if (self.region_bytes as usize) < HUGE_BYTES {
             return;
         }
+        let aligned = |at: usize| at & !(HUGE_BYTES - 1);
+        let (from, to) = (aligned(self.position(seq, 0)), aligned(self.position(seq, self.region_bytes)));
         // SAFETY: within the mapping; the kernel copies what others store there meanwhile, too, and changes no byte.
         unsafe { libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE) };
     }
@@ -309,6 +319,7 @@ impl Arena {
             region_bytes: identity.region_bytes,
             region_count: identity.region_count,
             pins: (0..identity.region_count).map(|_| AtomicU32::new(0)).collect(),
+            made: (0..identity.region_count).map(|_| Mutex::new(false)).collect(),
             file: path.map(|path| (file, path)),
         })
     }

@@ -27,6 +27,8 @@ mod bulk;
 #[cfg(test)]
 mod tests;
 
+pub use bulk::{Bulk, Sorted};
+
 /// Where the bytes of an extent come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {

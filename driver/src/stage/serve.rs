@@ -15,6 +15,9 @@ use crate::format::region::RegionStart;
 /// Most records that one epoch takes: bounds the flush plan's memory.
 pub const EPOCH_RECORDS_MAX: u32 = 64 << 10;
 
+/// Slots that get their memory before regions are brought back into memory.
+const ALLOCATED_AHEAD: u64 = 8;
+
 /// Where bytes of a read come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadSource {
@@ -104,12 +107,15 @@ impl Core {
         self.allocated[seq.slot(self.ring.geometry().region_count) as usize]
     }
 
-    /// The next region whose slot has no memory yet, in the order in which claims will get there.
+    /// The next region whose slot has no memory yet, in the order in which claims will get there. While regions have to be
+    /// brought into memory, which need some themselves, only the slots that are needed soon.
     #[must_use]
     pub fn next_unallocated(&self) -> Option<RegionSeq> {
         let open = self.ring.open_seq();
-        let count = u64::from(self.ring.geometry().region_count);
-        (1..count).map(|i| RegionSeq(open.0 + i)).find(|seq| !self.is_allocated(*seq))
+        let all = u64::from(self.ring.geometry().region_count) - 1;
+        let is_loading = !self.damaged && self.ring.regions().any(|r| self.is_needed_cold(r));
+        let count = if is_loading { all.min(ALLOCATED_AHEAD) } else { all };
+        (1..=count).map(|i| RegionSeq(open.0 + i)).find(|seq| !self.is_allocated(*seq))
     }
 
     /// The memory of a region's slot exists now.
@@ -119,11 +125,24 @@ impl Core {
         self.serve_space_waits();
     }
 
-    /// The region that should be brought into memory next: one that a read waits for, else the oldest.
+    /// The region that should be brought into memory next: one that a read waits for, else the oldest, if it need not be
+    /// `wanted_only`. Not one that is `under_way`.
     #[must_use]
-    pub fn next_cold_region(&self) -> Option<RegionState> {
+    pub fn next_cold_region(
+        &self,
+        under_way: impl Fn(RegionSeq) -> bool,
+        wanted_only: bool,
+    ) -> Option<RegionState> {
         let wanted = self.cold_reads.iter().filter_map(|&(seq, ..)| self.ring.region(seq));
-        wanted.chain(self.ring.regions()).find(|r| self.is_needed_cold(r)).copied()
+        let is_next = |r: &&RegionState| self.is_needed_cold(r) && !under_way(r.start.seq);
+        let others = self.ring.regions().filter(|_| !wanted_only);
+        wanted.chain(others).find(is_next).copied()
+    }
+
+    /// The regions that are needed and not in memory, oldest first.
+    #[must_use]
+    pub fn cold_region_seqs(&self) -> Vec<RegionSeq> {
+        self.ring.regions().filter(|r| self.is_needed_cold(r)).map(|r| r.start.seq).collect()
     }
 
     /// Whether a region is not in memory and something in it is not flushed yet.

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::back_off::BackOff;
+use self::load::Loads;
 pub use self::status::BackgroundStatus;
 use super::shared::{Clock, Shared, log_write_of};
 use crate::base::checksum::crc64;
@@ -44,7 +45,8 @@ const LOG_RETRY_NS: (u64, u64) = (50_000_000, 2_000_000_000);
 /// Tokens: what the operation belongs to in the high half, the epoch's own token in the low one.
 const EPOCH_TOKENS: u64 = 1 << 32;
 const SEAL_TOKEN: Token = Token(2 << 32);
-const LOAD_TOKEN: Token = Token(3 << 32);
+/// With the region's slot in the low half.
+const LOAD_TOKENS: u64 = 3 << 32;
 
 /// The background of an engine.
 pub struct Background {
@@ -60,10 +62,7 @@ pub struct Background {
     /// nothing older may be written to a backing any more than what it covers.
     failed_epoch: Option<Epoch>,
     sealing: Option<RegionState>,
-    loading: Option<RegionState>,
-    /// A region could not be read; it is tried again after a pause.
-    load_failed: bool,
-    load_retry: BackOff,
+    loads: Loads,
     /// Whether the arena came from the previous server, so that cold regions may be whole in it.
     arena_reused: bool,
     /// Log writes of the background in flight.
@@ -113,9 +112,7 @@ impl Background {
             unfinished: None,
             failed_epoch: None,
             sealing: None,
-            loading: None,
-            load_failed: false,
-            load_retry: BackOff::default(),
+            loads: Loads::default(),
             arena_reused,
             log_writes: 0,
             flush_retry: BackOff::default(),
@@ -160,6 +157,12 @@ impl Background {
         self.held = held;
     }
 
+    /// What it shares with the doors.
+    #[must_use]
+    pub fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
     /// The engine's clock.
     #[must_use]
     pub fn clock(&self) -> Arc<dyn Clock> {
@@ -175,7 +178,7 @@ impl Background {
     /// Whether operations of the background are in flight.
     #[must_use]
     pub fn is_busy(&self) -> bool {
-        self.epoch.is_some() || self.sealing.is_some() || self.loading.is_some() || self.log_writes > 0
+        self.epoch.is_some() || self.sealing.is_some() || self.loads.are_in_flight() || self.log_writes > 0
     }
 
     /// Does what is due at `now_ns` (monotonic). Returns when it wants to be called again at the latest; `None`: only
@@ -206,11 +209,7 @@ impl Background {
         if core.log_has_failed() {
             at_latest(self.log_retry.until_ns);
         }
-        if self.load_failed {
-            at_latest(now_ns);
-        } else if self.load_retry.until_ns > now_ns {
-            at_latest(self.load_retry.until_ns);
-        }
+        self.loads.deadline(now_ns).into_iter().for_each(&mut at_latest);
         if core.reclaim_is_pending() {
             at_latest(now_ns + RECLAIM_RETRY_NS);
         }
@@ -263,6 +262,8 @@ impl Background {
             Ok(()) => {
                 self.allocate_retry = BackOff::default();
                 self.status.memory_problem = None;
+                // Not done for what is read back after a restart, where it would take as long as the reading.
+                self.shared.arena.enlarge_pages(seq);
                 self.shared.core.lock().slot_allocated(seq);
             }
             Err(error) => {
@@ -482,8 +483,8 @@ impl Background {
             self.log_writes -= 1;
             let now_ns = self.shared.clock.monotonic_ns();
             self.shared.core.lock().log_written(group_seq, done.result, now_ns);
-        } else if done.token == LOAD_TOKEN {
-            self.load_done(done.result);
+        } else if done.token.0 & !u64::from(u32::MAX) == LOAD_TOKENS {
+            self.load_done(done.token, done.result);
         } else if done.token == SEAL_TOKEN {
             // A table that could not be written is missed by nobody but the next recovery, which scans the region.
             let region = self.sealing.take().expect("a table is being written");

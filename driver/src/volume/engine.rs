@@ -25,12 +25,13 @@ use super::request::Wake;
 use super::shared::{Clock, Shared};
 use super::status::{Health, RecoveryReport, StageStatus, VolumeStatus};
 use crate::base::{Error, ErrorKind, Lsn, Result, VolumeId};
+use crate::flush::epoch::flush_pool;
 use crate::format::arena::ArenaIdentity;
 use crate::format::superblock::{StageState, Superblock};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::file::FileDisk;
 use crate::io::uring::{Reactor, TargetOptions};
-use crate::io::{Disk, Target};
+use crate::io::{AlignedBuf, Disk, Target};
 use crate::recovery::{ArenaSource, Environment, Opened, open, superblocks};
 use crate::stage::arena::Arena;
 use crate::stage::core::DoorId;
@@ -120,6 +121,11 @@ impl Engine {
             accept_loss: config.accept_loss,
             forget: config.forget,
         };
+        // Some milliseconds of touching memory, which nobody has to wait for.
+        let pool = std::thread::Builder::new()
+            .name("tidegate-pool".into())
+            .spawn(flush_pool)
+            .map_err(|e| Error::io("cannot start a thread", e))?;
         let mut opened = open(&*config.stage, &disks, &mut ArenaDir(config.arena_dir.clone()), environment)?;
         // A backing that was not accepted belongs to a volume that cannot be used.
         let backings: BTreeMap<VolumeId, Arc<FileDisk>> =
@@ -131,11 +137,13 @@ impl Engine {
         }
         remove_stale_arenas(&config.arena_dir, &opened.superblock);
         opened.report.open_micros = started.elapsed().as_micros() as u64;
-        Engine::start(opened, config.stage, backings)
+        let pool = pool.join().map_err(|_| Error::new(ErrorKind::Io, "cannot make the flusher's buffers"))?;
+        Engine::start(opened, pool, config.stage, backings)
     }
 
     fn start(
         opened: Opened,
+        pool: Vec<AlignedBuf>,
         stage: Arc<FileDisk>,
         backings: BTreeMap<VolumeId, Arc<FileDisk>>,
     ) -> Result<Arc<Engine>> {
@@ -147,8 +155,13 @@ impl Engine {
             Arc::new(SystemClock(Instant::now())),
             wake.clone(),
         ));
-        let background =
-            Background::new(shared.clone(), opened.targets, opened.checkpoint, opened.report.arena_used);
+        let background = Background::with_pool(
+            shared.clone(),
+            opened.targets,
+            opened.checkpoint,
+            opened.report.arena_used,
+            pool,
+        );
         let mut files = vec![(Target::Stage, stage.clone())];
         files.extend(backings.iter().map(|(id, disk)| (Target::Backing(*id), disk.clone())));
         let (control, commands) = channel();

@@ -44,8 +44,58 @@ fn any_alignment_matches_a_vector(path: &Path) {
         assert!(got == model[from..from + many], "round {round}: read {many} at {from}");
     }
     disk.sync().unwrap();
+    reads_at_once_match_a_vector(&disk, &model);
     drop(disk);
     assert!(std::fs::read(path).unwrap() == model);
+}
+
+/// More places than are read at once, of all lengths, those that overlap and odd ones included.
+fn reads_at_once_match_a_vector(disk: &FileDisk, model: &[u8]) {
+    let block = 4096;
+    let aligned: Vec<(u64, usize)> = (0..300)
+        .map(|i| ((i * 37 % 700 * block) as u64, [1, 8, 64][i % 3] * block))
+        .chain([(0, model.len()), (0, block)])
+        .collect();
+    let odd = aligned.iter().map(|&(offset, len)| (offset + 1, len - 7)).collect::<Vec<_>>();
+    for places in [&aligned[..], &odd[..], &aligned[..1], &[]] {
+        let places: Vec<(u64, usize)> =
+            places.iter().copied().filter(|&(o, len)| o as usize + len <= model.len()).collect();
+        let mut count = 0;
+        let read = disk.read_each(&places, &mut |i, bytes| {
+            assert_eq!(i, count, "in order");
+            count += 1;
+            let (offset, len) = (places[i].0 as usize, places[i].1);
+            assert!(bytes == &model[offset..offset + len], "{len} bytes at {offset}");
+            Ok(())
+        });
+        read.unwrap();
+        assert_eq!(count, places.len());
+    }
+    let mut count = 0;
+    let ends = disk.read_each(&aligned[..200], &mut |i, _| {
+        count += 1;
+        if i == 50 { Err(Error::new(ErrorKind::Invalid, "enough")) } else { Ok(()) }
+    });
+    assert!(ends.unwrap_err().report().contains("enough") && count == 51);
+    let beyond = [(0, block), (model.len() as u64, block)];
+    let error = disk.read_each(&beyond, &mut |_, _| Ok(())).unwrap_err();
+    assert!(error.report().contains("it ends at"), "{}", error.report());
+}
+
+#[test]
+fn a_file_that_became_shorter_is_told_of_by_reads_at_once() {
+    let dir = dir();
+    let path = file_of(&dir, "short", 1 << 20);
+    let disk = FileDisk::open_exclusive(&path).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(512 << 10).unwrap();
+    let places: Vec<(u64, usize)> = (0..256).map(|i| (i * 4096, 4096)).collect();
+    let mut count = 0;
+    let error = disk.read_each(&places, &mut |i, _| {
+        count = i + 1;
+        Ok(())
+    });
+    assert!(error.unwrap_err().report().contains("has become shorter"));
+    assert_eq!(count, 128, "what is there was handed on");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use super::{Entry, Extent, Index, assert_valid};
+use crate::base::ByteRange;
 use crate::base::mutation::{Mutation, is};
 
 /// In the order of age: a greater one hides a smaller one.
@@ -27,27 +28,96 @@ impl PartialOrd for Open {
     }
 }
 
-impl Index {
-    /// The index after [`Index::insert`] of all `extents`, in whatever order they are.
-    #[must_use]
-    pub fn of(mut extents: Vec<Extent>) -> Index {
+/// An index in the making. It takes extents bit by bit, in whatever order they are.
+#[derive(Clone, Debug, Default)]
+pub struct Bulk {
+    /// One sorted run behind the other. The first `visible` are what was visible of all those before.
+    extents: Vec<Extent>,
+    visible: usize,
+    runs: usize,
+}
+
+impl Bulk {
+    /// Takes `extents`.
+    pub fn add(&mut self, mut extents: Vec<Extent>) {
         extents.retain(|extent| {
             assert_valid(extent);
             !extent.range.is_empty()
         });
         extents.sort_unstable_by_key(|extent| extent.range.start);
-        Index { extents: sweep(&extents).into_iter().collect() }
+        self.runs += 1;
+        if self.extents.is_empty() {
+            self.extents = extents;
+        } else {
+            self.extents.extend(extents);
+        }
     }
 
-    /// Inserts all `extents`. Cheapest into an empty index.
-    pub fn insert_all(&mut self, mut extents: Vec<Extent>) {
-        if self.extents.is_empty() {
-            *self = Index::of(extents);
-            return;
+    /// Extents taken since the last [`Bulk::compact`].
+    #[must_use]
+    pub fn added(&self) -> usize {
+        self.extents.len() - self.visible
+    }
+
+    /// Forgets what newer extents cover.
+    pub fn compact(&mut self) {
+        self.merge();
+        let visible = sweep(&self.extents);
+        self.extents.clear();
+        self.extents.extend(visible.into_iter().map(|(start, entry)| Extent {
+            range: ByteRange { start, end: entry.end },
+            lsn: entry.lsn,
+            source: entry.source,
+        }));
+        self.visible = self.extents.len();
+        self.runs = 1;
+    }
+
+    /// Finds out what is visible of everything that was taken.
+    #[must_use]
+    pub fn sort(mut self) -> Sorted {
+        self.merge();
+        if self.extents.windows(2).all(|pair| pair[0].range.end <= pair[1].range.start) {
+            // All of everything. An entry with its key is as large as an extent, so it takes the extent's place.
+            let entry = |e: Extent| (e.range.start, Entry { end: e.range.end, lsn: e.lsn, source: e.source });
+            return Sorted(self.extents.into_iter().map(entry).collect());
         }
-        // A late one meets everything newer than it (see the module's documentation).
-        extents.sort_unstable_by_key(|extent| extent.lsn);
-        extents.into_iter().for_each(|extent| self.insert(extent));
+        Sorted(sweep(&self.extents))
+    }
+
+    /// The index after [`Index::insert`] of everything that was taken.
+    #[must_use]
+    pub fn finish(self) -> Index {
+        self.sort().into()
+    }
+
+    fn merge(&mut self) {
+        if self.runs > 1 {
+            // A stable sort, as it finds the runs and merges them.
+            self.extents.sort_by_key(|extent| extent.range.start);
+            self.runs = 1;
+        }
+    }
+}
+
+/// What becomes an index. The last step is one of its own as it is mostly allocation, which is slow in any thread but a
+/// program's first: the C library makes room there page by page, with a system call each.
+#[derive(Debug)]
+pub struct Sorted(Vec<(u64, Entry)>);
+
+impl From<Sorted> for Index {
+    fn from(sorted: Sorted) -> Index {
+        Index { extents: sorted.0.into_iter().collect() }
+    }
+}
+
+impl Index {
+    /// The index after [`Index::insert`] of all `extents`, in whatever order they are.
+    #[must_use]
+    pub fn of(extents: Vec<Extent>) -> Index {
+        let mut bulk = Bulk::default();
+        bulk.add(extents);
+        bulk.finish()
     }
 }
 

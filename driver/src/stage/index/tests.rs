@@ -181,13 +181,18 @@ proptest! {
     ) {
         let (mut index, mut expected) = (Index::new(), Model::new(0));
         let (first, second) = arrived.split_at(arrived.len() / 2);
-        let mut in_two_parts = Index::of(first.to_vec());
-        in_two_parts.insert_all(second.to_vec());
+        let mut in_two_parts = Bulk::default();
+        in_two_parts.add(first.to_vec());
+        let mut compacted = in_two_parts.clone();
+        compacted.compact();
+        for parts in [&mut in_two_parts, &mut compacted] {
+            parts.add(second.to_vec());
+        }
         let at_once = Index::of(arrived.clone());
         arrived.into_iter().for_each(|extent| index.insert(extent));
         sorted.into_iter().for_each(|extent| expected.insert(extent));
         check_lookup(&index, &mut expected, ByteRange::at(0, VOLUME_BYTES))?;
-        for other in [at_once, in_two_parts] {
+        for other in [at_once, in_two_parts.finish(), compacted.finish()] {
             prop_assert!(other.iter().eq(index.iter()), "{:?} is not {:?}", other, index);
         }
     }

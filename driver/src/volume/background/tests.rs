@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Background, Clock, LOAD_TOKEN, Shared};
-use crate::base::{Lsn, RegionSeq, VolumeId};
+use super::{Background, Clock, LOAD_TOKENS, Shared};
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::geometry::{CHECKPOINTS_OFFSET, PATCH_OFFSET};
 use crate::format::record::RecordKind;
 use crate::io::memory_disk::MemDisk;
 use crate::io::{Disk, Done, Errno, Memory, Op, OpKind, Target};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
+use crate::stage::core::{Core, DoorId};
 use crate::volume::Wake;
 
 struct Still;
@@ -51,12 +52,17 @@ struct Bench {
 }
 
 impl Bench {
-    /// Each of `regions` regions holds a record for each of two volumes.
-    fn new(regions: u32) -> Bench {
+    /// Each of `regions` regions holds a record for each of two volumes, all at the same place.
+    fn new(regions: u64) -> Bench {
+        Bench::with_stride(regions, 0)
+    }
+
+    /// The records of each region lie `stride` bytes behind those of the one before.
+    fn with_stride(regions: u64, stride: u64) -> Bench {
         let mut stage = SampleStage::new();
-        for _ in 0..regions {
+        for at in (0..regions).map(|n| n * stride) {
             stage.begin_region();
-            stage.put_group(&[(RecordKind::Write, 1, 0, 700), (RecordKind::Write, 2, 512, 1024)]);
+            stage.put_group(&[(RecordKind::Write, 1, at, 700), (RecordKind::Write, 2, at + 512, 1024)]);
         }
         let backings = [stage.backing(1, Lsn(0)), stage.backing(2, Lsn(0))];
         let by_volume: BTreeMap<VolumeId, &dyn Disk> =
@@ -108,7 +114,7 @@ impl Bench {
             }
             data = buf.to_vec();
         }
-        if op.token == LOAD_TOKEN {
+        if op.token.0 & LOAD_TOKENS == LOAD_TOKENS {
             data = vec![0; op.len as usize];
             disk.read(op.offset, &mut data).unwrap();
             let of_op = |seq: &RegionSeq| self.place(*seq) == op.offset;
@@ -178,4 +184,56 @@ fn a_flush_does_not_hide_that_a_region_cannot_be_read() {
     bench.run(1_000_000_000, |_| false);
     let status = &bench.background.status;
     assert_eq!((status.stage_problem(), status.checkpoint_lsn), (None, Lsn(6)));
+}
+
+/// Several regions are read at once; the one that fails first is told of until it was read, whatever came of the others.
+#[test]
+fn what_other_reads_bring_does_not_hide_that_a_region_cannot_be_read() {
+    let mut bench = Bench::new(5);
+    let first = bench.place(RegionSeq(1));
+    let fails = |sent: &Sent| sent.kind == OpKind::Read && sent.offset == first;
+    let reads = bench.run(0, fails).into_iter().filter(|sent| sent.kind == OpKind::Read);
+    assert_eq!(reads.count(), 2, "two at once, then a pause");
+    for later_ns in [1_000_000_000, 10_000_000_000] {
+        let status = &bench.background.status;
+        assert!(status.stage_problem().is_some_and(|problem| problem.contains("region 1")), "{status:?}");
+        bench.run(later_ns, fails);
+    }
+    assert_eq!(bench.background.shared.core.lock().cold_regions(), 1, "the others are there");
+    bench.run(100_000_000_000, |_| false);
+    assert_eq!(bench.background.status.stage_problem(), None);
+    assert_eq!(bench.background.shared.core.lock().cold_regions(), 0);
+}
+
+/// What a read waits for is begun at once, beside what is under way.
+#[test]
+fn a_region_that_a_read_waits_for_comes_first() {
+    let mut bench = Bench::with_stride(5, 4096);
+    let mut ops = Vec::new();
+    bench.background.step(0, &mut |op| ops.push(op));
+    assert_eq!(ops.len(), 2);
+    let shared = bench.background.shared();
+    let in_region_4 = ByteRange::at(3 * 4096, 100);
+    let read =
+        |core: &mut Core| core.read(&shared.arena, (DoorId(1), 0), VolumeId(1), in_region_4, &mut Vec::new());
+    assert!(!read(&mut shared.core.lock()), "it is not in memory");
+    bench.background.step(0, &mut |op| ops.push(op));
+    let offsets: Vec<u64> = ops.iter().map(|op| op.offset).collect();
+    assert_eq!(offsets, [1, 2, 4].map(|seq| bench.place(RegionSeq(seq))));
+    bench.background.step(0, &mut |op| ops.push(op));
+    assert_eq!(ops.len(), 3, "nothing else is");
+}
+
+/// The first damage is told of; reads that are under way end as if there were none.
+#[test]
+fn damage_is_found_beside_other_reads() {
+    let mut bench = Bench::new(4);
+    let damaged = [1, 2].map(|seq| bench.place(RegionSeq(seq)) + 512 + 64 + 64 + 1);
+    damaged.iter().for_each(|offset| bench.stage.flip(*offset, 1));
+    assert_eq!(bench.run(0, |_| false).len(), 2, "no more is begun");
+    assert!(!bench.background.is_busy());
+    let status = &bench.background.status;
+    assert!(status.damage.as_ref().is_some_and(|damage| damage.contains("region 1")), "{status:?}");
+    assert!(bench.background.shared.core.lock().is_damaged());
+    assert!((1..=4).all(|seq| !bench.background.shared.arena.is_pinned(RegionSeq(seq))));
 }

@@ -1,5 +1,6 @@
 //! The engine's background thread: owns a [`Background`] and a [`Reactor`], obeys control calls, publishes its status.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::io::file::FileDisk;
 use crate::io::uring::{Event, Reactor, Waker};
 use crate::volume::background::{Background, BackgroundStatus};
 use crate::volume::request::Wake;
-use crate::volume::shared::Clock;
+use crate::volume::shared::{Clock, Shared};
 
 /// Entries of the background's ring.
 const BACKGROUND_RING: u32 = 64;
@@ -82,9 +83,17 @@ impl BackgroundThread<'_> {
         assert!(wake.0.set(reactor.waker()).is_ok(), "one background per engine");
         let _ = ready.send(Ok(()));
         let clock = background.clock();
+        let shared = background.shared();
         let mut thread =
             BackgroundThread { background, reactor, commands, changes: Vec::new(), stopping: false };
-        while thread.turn(&*clock, published) {}
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let helper = std::thread::Builder::new().name("tidegate-mem".into());
+            // Nobody needs it: without it the background makes the memory.
+            let _ = helper.spawn_scoped(scope, || make_memory(&shared, &is_over));
+            while thread.turn(&*clock, published) {}
+            is_over.store(true, Ordering::Relaxed);
+        });
     }
 
     fn turn(&mut self, clock: &dyn Clock, published: &Published) -> bool {
@@ -164,6 +173,16 @@ impl BackgroundThread<'_> {
         self.background.hold(false);
         true
     }
+}
+
+/// Makes the memory of cold regions, oldest first, beside the background that fills and verifies them: making it takes more
+/// time than that. What fails is found by the background, which tells.
+fn make_memory(shared: &Shared, is_over: &AtomicBool) {
+    let cold = shared.core.lock().cold_region_seqs();
+    let _ = cold
+        .into_iter()
+        .take_while(|_| !is_over.load(Ordering::Relaxed))
+        .try_for_each(|seq| shared.arena.allocate(seq));
 }
 
 /// Tells the log what has begun to fail and what works again.
