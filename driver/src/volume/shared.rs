@@ -149,9 +149,10 @@ impl Shared {
         self.background.wake();
     }
 
-    /// Lets `decide` at the core, then takes what the core has decided and carries it out: what concerns the door `own` is appended to `outcomes`, what other
-    /// threads left for it first; what concerns other doors goes to their mailboxes; log writes are submitted through `submit`,
-    /// and their tokens tell the group (see [`log_write_of`]). Returns the number of log writes.
+    /// Lets `decide` at the core, then takes what the core has decided and carries it out: what concerns the door `own` is
+    /// appended to `outcomes`, what other threads left for it first; what concerns other doors goes to their mailboxes; log
+    /// writes are submitted through `submit`, and their tokens tell the group (see [`log_write_of`]). Returns the number of log
+    /// writes.
     ///
     /// The outcomes of a door reach it in the order of the decisions, whatever threads they pass through: they change hands
     /// with the core locked.
