@@ -187,6 +187,8 @@ fn feed<IO: SessionIo>(door: &mut VolumeDoor, io: &mut IO) -> Next {
                 }
             }
             Next::Again => {}
+            // It may wait for the places of changes before it, which the door has gathered.
+            Next::Held if door.has_gathered() => door.settle(io),
             stopped => return stopped,
         }
     }

@@ -464,6 +464,8 @@ fn extend_from_arena(
             arena.zero(seq, group.records_end, group.records_end.next_multiple_of(geometry.block_bytes));
         }
         arena.zero(seq, region.data_end, arena.region_bytes());
+        // Looking at memory that does not exist would need it, too.
+        arena.allocate(seq.next())?;
         if log.regions.len() == geometry.region_count as usize {
             // Only an older checkpoint than the last one lets a full ring go on: which region made room is not known.
             if goes_on(arena, seq.next(), log.next_lsn, rules) && !accept_loss {
@@ -471,7 +473,6 @@ fn extend_from_arena(
             }
             break;
         }
-        arena.allocate(seq.next())?;
         if !goes_on(arena, seq.next(), log.next_lsn, rules) {
             break;
         }

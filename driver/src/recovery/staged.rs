@@ -12,10 +12,10 @@ use crate::base::mutation::carried;
 use crate::stage::core::{payload_offset, source_of};
 use crate::stage::index::{Bulk, Extent, Index, Sorted};
 
-/// Extents that are gathered before they are handed on: 1.3 MiB.
+/// Extents that are gathered, of all volumes, before they are handed on: 1.3 MiB.
 const PIECE: usize = 32 << 10;
-/// Extents that a volume's index in the making takes before it forgets those that are covered by others: 20 MiB, and for a
-/// moment three times as much while it does.
+/// Extents that the indexes in the making take together, of whatever volumes, before they forget those that are covered by
+/// others: 20 MiB beside what stays visible, and a few times as much for a moment while they do.
 const ADDED_MAX: usize = 512 << 10;
 
 /// Pieces that wait for the thread, so that recovery does not get ahead of it for long.
@@ -29,6 +29,8 @@ type AllSorted = BTreeMap<VolumeId, Sorted>;
 pub(super) struct Staged {
     volumes: BTreeMap<VolumeId, Gathered>,
     piece: usize,
+    /// Extents gathered of all volumes.
+    gathered: usize,
     /// The thread, once there is enough to do; inside, `None` where none could be had.
     thread: Option<Option<BuilderThread>>,
     /// What is done without it.
@@ -51,7 +53,7 @@ impl Staged {
 
     fn in_pieces(volumes: impl Iterator<Item = VolumeId>, piece: usize) -> Staged {
         let volumes = volumes.map(|volume| (volume, Gathered::default())).collect();
-        Staged { volumes, piece, thread: None, builder: Builder::default() }
+        Staged { volumes, piece, gathered: 0, thread: None, builder: Builder::default() }
     }
 
     /// Whether `volume` is one of them. Records of one that was deleted since have no index and concern nobody.
@@ -74,11 +76,18 @@ impl Staged {
         };
         gathered.is_staged = true;
         gathered.extents.push(Extent { range: found.range, lsn: found.lsn, source });
-        if gathered.extents.len() >= self.piece {
-            let extents = std::mem::replace(&mut gathered.extents, Vec::with_capacity(self.piece));
-            match self.thread.get_or_insert_with(Builder::start) {
-                Some((builder, _)) => builder.send((found.volume, extents)).expect("it waits for more"),
-                None => self.builder.add((found.volume, extents)),
+        self.gathered += 1;
+        if self.gathered >= self.piece {
+            self.gathered = 0;
+            for (volume, gathered) in &mut self.volumes {
+                let extents = std::mem::take(&mut gathered.extents);
+                if extents.is_empty() {
+                    continue;
+                }
+                match self.thread.get_or_insert_with(Builder::start) {
+                    Some((builder, _)) => builder.send((*volume, extents)).expect("it waits for more"),
+                    None => self.builder.add((*volume, extents)),
+                }
             }
         }
     }
@@ -118,7 +127,11 @@ impl Building {
 }
 
 #[derive(Debug, Default)]
-struct Builder(BTreeMap<VolumeId, Bulk>);
+struct Builder {
+    volumes: BTreeMap<VolumeId, Bulk>,
+    /// Extents added to any of them since it forgot.
+    added: usize,
+}
 
 impl Builder {
     fn start() -> Option<BuilderThread> {
@@ -134,15 +147,16 @@ impl Builder {
     }
 
     fn add(&mut self, (volume, extents): Piece) {
-        let bulk = self.0.entry(volume).or_default();
-        bulk.add(extents);
-        if bulk.added() > ADDED_MAX {
-            bulk.compact();
+        self.added += extents.len();
+        self.volumes.entry(volume).or_default().add(extents);
+        if self.added > ADDED_MAX {
+            self.volumes.values_mut().for_each(Bulk::compact);
+            self.added = 0;
         }
     }
 
     fn finish(self) -> AllSorted {
-        self.0.into_iter().map(|(volume, bulk)| (volume, bulk.sort())).collect()
+        self.volumes.into_iter().map(|(volume, bulk)| (volume, bulk.sort())).collect()
     }
 }
 

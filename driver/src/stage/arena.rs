@@ -295,18 +295,25 @@ impl Arena {
     fn map(file: File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
         use std::os::fd::AsRawFd;
         let len = Arena::file_bytes(identity);
-        let base = reserve_aligned(len);
-        // SAFETY: a shared mapping in the place that was just reserved for it; the descriptor is open.
-        let base = unsafe {
-            libc::mmap(
-                base,
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | if base.is_null() { 0 } else { libc::MAP_FIXED },
-                file.as_raw_fd(),
-                0,
-            )
+        let map = |at: *mut libc::c_void, how: i32| {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: a shared mapping at an address of the kernel's choice, or in the place that was reserved for it; the
+            // descriptor is open.
+            unsafe { libc::mmap(at, len, protection, libc::MAP_SHARED | how, file.as_raw_fd(), 0) }
         };
+        let reserved = reserve_aligned(len);
+        let mut base = libc::MAP_FAILED;
+        if !reserved.is_null() {
+            base = map(reserved, libc::MAP_FIXED);
+            if base == libc::MAP_FAILED {
+                // SAFETY: what was reserved and is not used.
+                unsafe { libc::munmap(reserved, len) };
+            }
+        }
+        if base == libc::MAP_FAILED {
+            // It does without large pages.
+            base = map(std::ptr::null_mut(), 0);
+        }
         if base == libc::MAP_FAILED {
             return Err(Error::io(
                 format!("cannot map {len} bytes of arena"),

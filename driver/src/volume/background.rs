@@ -261,15 +261,28 @@ impl Background {
         match self.shared.arena.allocate(seq) {
             Ok(()) => {
                 self.allocate_retry = BackOff::default();
-                self.status.memory_problem = None;
-                // Not done for what is read back after a restart, where it would take as long as the reading.
-                self.shared.arena.enlarge_pages(seq);
-                self.shared.core.lock().slot_allocated(seq);
+                self.memory_came();
+                let nobody_waits = {
+                    let mut core = self.shared.core.lock();
+                    core.slot_allocated(seq);
+                    core.waiting() == 0 && core.cold_regions() == 0
+                };
+                // It takes time, and what is read back after a restart would wait for it.
+                if nobody_waits {
+                    self.shared.arena.enlarge_pages(seq);
+                }
             }
             Err(error) => {
                 self.allocate_retry.failed(now_ns, FLUSH_RETRY_NS);
                 self.status.memory_problem = Some(error.report());
             }
+        }
+    }
+
+    /// Memory was had: no more problem, unless others still pause for want of it.
+    fn memory_came(&mut self) {
+        if self.allocate_retry.until_ns == 0 && !self.loads.lack_memory() {
+            self.status.memory_problem = None;
         }
     }
 

@@ -10,6 +10,8 @@
 
 mod changes;
 mod reads;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -80,6 +82,7 @@ enum Job {
 }
 
 /// What the core is asked when what it decided is taken out.
+#[derive(Clone, Copy)]
 enum Ask {
     Nothing,
     /// To begin the log writes that are due.
@@ -117,7 +120,7 @@ pub struct VolumeDoor {
     /// No more requests come.
     retired: bool,
     changes: Changes,
-    /// The core was told something since it was last asked what is due.
+    /// The core was told something since it was last asked what is due: at the end of the batch it is.
     unheard: bool,
     /// Timestamp of the current batch: one look at the clock serves all its records.
     batch_ns: Option<u64>,
@@ -251,18 +254,21 @@ impl VolumeDoor {
     /// Hands what is filled over to the core, asks what is to be asked, and carries out what that decided, until it has
     /// nothing more to say.
     fn run<IO: DoorIo>(&mut self, io: &mut IO, ask: Ask) {
-        let mut ask = Some(ask);
+        let mut written = match ask {
+            Ask::Written { group_seq, result, now_ns } => Some((group_seq, result, now_ns)),
+            Ask::Nothing | Ask::Commit { .. } => None,
+        };
         let mut decide = |core: &mut Core, changes: &mut Changes| {
             changes.publish(core);
-            match ask.take() {
-                Some(Ask::Commit { now_ns }) => core.pump_commit(now_ns),
-                Some(Ask::Written { group_seq, result, now_ns }) => {
-                    core.log_written(group_seq, result, now_ns);
-                }
-                Some(Ask::Nothing) | None => {}
+            if let Some((group_seq, result, now_ns)) = written.take() {
+                core.log_written(group_seq, result, now_ns);
+            }
+            // Every time: what was published just now may make a group due.
+            if let Ask::Commit { now_ns } = ask {
+                core.pump_commit(now_ns);
             }
         };
-        self.unheard = false;
+        self.unheard &= !matches!(ask, Ask::Commit { .. });
         if self.retired {
             decide(&mut self.shared.core.lock(), &mut self.changes);
             self.answer_failed(io);
@@ -284,8 +290,13 @@ impl VolumeDoor {
         }
     }
 
-    /// Has what was asked so far placed, filled and published, before the payload is taken away.
-    pub(super) fn settle<IO: DoorIo>(&mut self, io: &mut IO) {
+    /// Whether changes have arrived that have no place yet.
+    pub(crate) fn has_gathered(&self) -> bool {
+        self.changes.have_arrived()
+    }
+
+    /// Has what was asked so far placed, filled and published, and not only at the end of the batch.
+    pub(crate) fn settle<IO: DoorIo>(&mut self, io: &mut IO) {
         self.take_in(io);
         self.run(io, Ask::Nothing);
     }
@@ -364,8 +375,8 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
         if let Some(group_seq) = log_write_of(done.token) {
             self.log_writes -= 1;
             let now_ns = self.shared.clock.monotonic_ns();
-            self.run(io, Ask::Written { group_seq, result: done.result, now_ns });
             self.unheard = true;
+            self.run(io, Ask::Written { group_seq, result: done.result, now_ns });
         } else {
             self.read_done(done.token.0 as u32, done.result, done.memory, io);
         }
@@ -376,16 +387,17 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
             self.mailbox.take(&mut self.outcomes);
             self.handle_own(io);
         }
-        self.run(io, Ask::Nothing);
         self.unheard = true;
+        self.run(io, Ask::Nothing);
     }
 
     fn batch_end(&mut self, io: &mut IO) {
         self.take_in(io);
         self.batch_ns = None;
-        if !self.retired {
-            self.gather.batch_ended();
+        if self.retired {
+            return;
         }
+        self.gather.batch_ended();
         // Reads alone leave nothing to decide, and whoever makes a group due looks after it.
         if self.unheard {
             let now_ns = self.shared.clock.monotonic_ns();
@@ -398,6 +410,10 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
             return false;
         }
         self.take_in(io);
+        if !self.unheard {
+            // What may be due is not this door's, and its own look after it.
+            return false;
+        }
         let now_ns = self.shared.clock.monotonic_ns();
         let due = {
             let mut core = self.shared.core.lock();

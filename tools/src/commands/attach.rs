@@ -44,9 +44,8 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     }
     wait_for_devices(&entry, Duration::from_secs(args.wait));
     stacking::refuse(&engine::volumes_on(registry, &entry), &[&entry.stage, &entry.backing])?;
-    let wishes = Wishes { poll_us: args.poll.or(entry.poll_us), queues: args.queues.or(entry.queues) };
-    if wishes != entry.wishes()
-        && let Err(e) = keep(registry, &entry.name, wishes)
+    if wishes_of(args, &entry) != entry.wishes()
+        && let Err(e) = keep(registry, &entry.name, args)
     {
         let what = "--poll and --queues may have no effect, as they cannot be kept";
         report::note(format!("{what}: {}", e.report()));
@@ -70,14 +69,20 @@ pub fn run(registry: &Registry, args: &Attach) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Notes for the server what is asked for of the device.
-fn keep(registry: &Registry, name: &str, wishes: Wishes) -> Result<()> {
+/// What is asked for of the device now, or was before.
+fn wishes_of(args: &Attach, entry: &Entry) -> Wishes {
+    Wishes { poll_us: args.poll.or(entry.poll_us), queues: args.queues.or(entry.queues) }
+}
+
+/// Notes it for the server.
+fn keep(registry: &Registry, name: &str, args: &Attach) -> Result<()> {
     // Others may hold it for long, and a device is waited for.
     let Some(_lock) = registry.try_lock()? else {
         return Err(Error::new(ErrorKind::Busy, "another command is changing the state directory"));
     };
     let entry = registry.get(name)?;
-    registry.put(&Entry { poll_us: wishes.poll_us, queues: wishes.queues, ..entry })
+    let Wishes { poll_us, queues } = wishes_of(args, &entry);
+    registry.put(&Entry { poll_us, queues, ..entry })
 }
 
 /// Waits for stage and backing, which at boot may appear after this is started. Those that stay away are missed by

@@ -53,12 +53,6 @@ impl Bulk {
         }
     }
 
-    /// Extents taken since the last [`Bulk::compact`].
-    #[must_use]
-    pub fn added(&self) -> usize {
-        self.extents.len() - self.visible
-    }
-
     /// Forgets what newer extents cover.
     pub fn compact(&mut self) {
         self.merge();

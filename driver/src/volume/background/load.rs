@@ -45,6 +45,11 @@ impl Loads {
         Some(self.paused_until_ns()).filter(|at| *at > now_ns)
     }
 
+    /// Whether they pause for want of memory.
+    pub(super) fn lack_memory(&self) -> bool {
+        self.memory_retry.until_ns > 0
+    }
+
     fn paused_until_ns(&self) -> u64 {
         self.retry.until_ns.max(self.memory_retry.until_ns)
     }
@@ -79,9 +84,8 @@ impl Background {
                 self.status.memory_problem = Some(error.report());
                 return;
             }
-            if std::mem::take(&mut self.loads.memory_retry).until_ns > 0 {
-                self.status.memory_problem = None;
-            }
+            self.loads.memory_retry = BackOff::default();
+            self.memory_came();
             if self.arena_reused && (is(Mutation::ArenaIsTrusted) || self.is_whole(&region)) {
                 self.loaded(&region);
                 // Those who wait for it come first.
@@ -117,6 +121,11 @@ impl Background {
 
     fn loaded(&mut self, region: &RegionState) {
         self.shared.arena.unpin(region.start.seq);
+        self.loads.unreadable.remove(&region.start.seq);
+        if self.loads.unreadable.is_empty() {
+            self.loads.retry = BackOff::default();
+            self.status.load_problem = None;
+        }
         let mut core = self.shared.core.lock();
         core.region_loaded(region.start.seq, &mut self.outcomes);
         core.slot_allocated(region.start.seq);
@@ -132,11 +141,6 @@ impl Background {
         let position = self.shared.geometry.region_offset(seq);
         match result {
             Ok(()) if self.is_whole(&region) => {
-                self.loads.unreadable.remove(&seq);
-                if self.loads.unreadable.is_empty() {
-                    self.loads.retry = BackOff::default();
-                    self.status.load_problem = None;
-                }
                 self.loaded(&region);
                 return;
             }

@@ -4,8 +4,8 @@
 //!             (in the order of arrival)          copy, checksum
 //! ```
 //! A batch is bounded in number and bytes, since a place that is not published holds up those behind it, other doors' too. What
-//! must see the changes before it (a read, a flush) and the end of a batch take in what has arrived. Placed changes are filled
-//! and published before the door returns to its thread, so none is left behind by a thread that sleeps.
+//! must see the changes before it (a read, a flush) and the end of a batch take in what has arrived. Places are filled and
+//! published before anything else is done, so nobody waits for a place whose holder is at something else.
 
 use zerocopy::IntoBytes;
 
@@ -44,6 +44,11 @@ pub(super) struct Changes {
 }
 
 impl Changes {
+    /// Whether changes have arrived that have no place yet.
+    pub(super) fn have_arrived(&self) -> bool {
+        !self.arrived.is_empty()
+    }
+
     /// Whether nothing is on its way.
     pub(super) fn is_empty(&self) -> bool {
         self.arrived.is_empty() && self.filled.is_empty() && self.failed.is_empty()
@@ -67,7 +72,6 @@ impl VolumeDoor {
             // Acknowledgements are taken out as often, so that clients go on while the rest of a round is served.
             self.take_in(io);
             self.run(io, Ask::Nothing);
-            self.unheard = true;
         }
     }
 

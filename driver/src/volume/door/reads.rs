@@ -18,6 +18,7 @@ impl VolumeDoor {
     pub(super) fn read<IO: DoorIo>(&mut self, request: Request, io: &mut IO) {
         let range = ByteRange::at(request.offset, request.len);
         if self.read_bytes > 0 && self.read_bytes + request.len > READ_BYTES_MAX {
+            self.changes.publish(&mut self.shared.core.lock());
             self.jobs[request.tag as usize] = Job::ReadWaits(request);
             self.reads_waiting.push_back(request.tag);
             return;

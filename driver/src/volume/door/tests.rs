@@ -1,0 +1,153 @@
+//! What a door asks of its devices, and when.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use super::*;
+use crate::base::Lsn;
+use crate::io::{Disk, Op};
+use crate::recovery::sample_stage::SampleStage;
+use crate::recovery::{Environment, OwnArenas, open};
+use crate::volume::request::Wake;
+use crate::volume::shared::Clock;
+
+struct Still;
+
+impl Clock for Still {
+    fn unix_ns(&self) -> u64 {
+        1
+    }
+    fn monotonic_ns(&self) -> u64 {
+        1
+    }
+}
+
+impl Wake for Still {
+    fn wake(&self) {}
+}
+
+#[derive(Default)]
+struct Io {
+    submitted: VecDeque<Op>,
+    placed: Vec<(u32, Lsn)>,
+    read: Vec<u8>,
+    completed: Vec<u32>,
+}
+
+impl DoorIo for Io {
+    fn submit(&mut self, op: Op) {
+        self.submitted.push_back(op);
+    }
+    fn fetch(&mut self, tag: u32, _: u32, into: &mut [u8]) -> Result<(), Errno> {
+        into.fill(tag as u8 + 1);
+        Ok(())
+    }
+    fn deliver(&mut self, _: u32, _: u32, from: &[u8]) -> Result<(), Errno> {
+        self.read = from.to_vec();
+        Ok(())
+    }
+    fn placed(&mut self, tag: u32, lsn: Lsn) {
+        self.placed.push((tag, lsn));
+    }
+    fn complete(&mut self, tag: u32, result: Result<(), Errno>) {
+        assert_eq!(result, Ok(()));
+        self.completed.push(tag);
+    }
+}
+
+/// A door to a volume with something staged, so that nobody but the door looks after the log.
+fn door(ack: AckLevel) -> VolumeDoor {
+    let mut stage = SampleStage::new();
+    stage.begin_region();
+    stage.put_group(&[(crate::format::record::RecordKind::Write, 1, 0, 700)]);
+    let backings = [stage.backing(1, Lsn(0)), stage.backing(2, Lsn(0))];
+    let by_volume: BTreeMap<VolumeId, &dyn Disk> =
+        (1..).map(VolumeId).zip(backings.iter().map(|backing| backing as &dyn Disk)).collect();
+    let environment =
+        Environment { boot_id: stage.superblock.boot_id, arena_id: 99, accept_loss: false, forget: None };
+    let opened = open(&stage.disk, &by_volume, &mut OwnArenas, environment).unwrap();
+    let shared = Arc::new(Shared::new(
+        opened.core,
+        Arc::new(opened.arena),
+        opened.rules,
+        Arc::new(Still),
+        Arc::new(Still),
+    ));
+    let volume = Arc::new(VolumeShared {
+        id: VolumeId(1),
+        size_bytes: AtomicU64::new(1 << 20),
+        ack,
+        on_log_error: OnLogError::Stall,
+        backing_block_bytes: 512,
+        doors: AtomicU32::new(0),
+        counters: Default::default(),
+    });
+    let mailbox = shared.add_door(DoorId(1), Arc::new(Still));
+    VolumeDoor::new(shared, volume, DoorId(1), mailbox)
+}
+
+fn write(tag: u32, offset: u64) -> Request {
+    Request { tag, kind: RequestKind::Write, offset, len: 512, fua: false }
+}
+
+fn read(tag: u32, offset: u64) -> Request {
+    Request { kind: RequestKind::Read, ..write(tag, offset) }
+}
+
+/// Ends what the door has begun, with success.
+fn end_operations(door: &mut VolumeDoor, io: &mut Io) {
+    while let Some(op) = io.submitted.pop_front() {
+        door.op_done(Done { token: op.token, result: Ok(()), memory: op.memory }, io);
+    }
+}
+
+#[test]
+fn changes_are_placed_in_the_order_in_which_they_came_and_written_together() {
+    let (mut door, mut io) = (door(AckLevel::Log), Io::default());
+    (0..5).for_each(|tag| door.request(write(tag, 4096 * u64::from(tag)), &mut io));
+    assert!(io.placed.is_empty() && io.submitted.is_empty());
+    door.batch_end(&mut io);
+    assert!(io.placed.iter().map(|(tag, _)| *tag).eq(0..5) && io.placed.is_sorted_by_key(|(_, lsn)| *lsn));
+    assert_eq!(io.submitted.len(), 1);
+    end_operations(&mut door, &mut io);
+    assert_eq!(io.completed, [0, 1, 2, 3, 4]);
+}
+
+#[test]
+fn a_read_sees_changes_that_came_before_it() {
+    let (mut door, mut io) = (door(AckLevel::Memory), Io::default());
+    door.request(write(6, 0), &mut io);
+    door.request(write(7, 0), &mut io);
+    door.request(read(1, 0), &mut io);
+    assert_eq!(io.read, [8; 512]);
+    door.batch_end(&mut io);
+    assert_eq!(io.completed, [1, 6, 7]);
+}
+
+#[test]
+fn a_flush_covers_changes_that_came_before_it() {
+    let (mut door, mut io) = (door(AckLevel::Memory), Io::default());
+    door.request(write(3, 0), &mut io);
+    door.request(Request { kind: RequestKind::Flush, len: 0, ..write(4, 0) }, &mut io);
+    door.batch_end(&mut io);
+    assert_eq!((io.completed.as_slice(), io.submitted.len()), (&[3][..], 1));
+    end_operations(&mut door, &mut io);
+    assert_eq!(io.completed, [3, 4]);
+}
+
+#[test]
+fn what_was_settled_before_the_end_of_a_batch_goes_to_the_log_at_its_end() {
+    let (mut door, mut io) = (door(AckLevel::Log), Io::default());
+    door.request(write(0, 0), &mut io);
+    door.settle(&mut io);
+    assert!(io.placed.len() == 1 && io.submitted.is_empty());
+    door.batch_end(&mut io);
+    assert_eq!(io.submitted.len(), 1, "nobody else begins this write");
+}
+
+#[test]
+fn a_batch_that_is_too_large_is_cut() {
+    let (mut door, mut io) = (door(AckLevel::Memory), Io::default());
+    (0..20).for_each(|tag| door.request(write(tag, 0), &mut io));
+    assert_eq!((io.placed.len(), io.completed.len()), (16, 16));
+}
