@@ -328,6 +328,8 @@ fn recovery_from(disk: &Path) -> Result<()> {
         let copy = crashed.crashed_copy()?;
         let stage = copy.dir().join("stage");
         forget_cached(&stage)?;
+        // Or opening would wait for what copying has left to be written.
+        forget_cached(&copy.dir().join("backing"))?;
         // Whoever comes later may find more of it in the disk's own cache.
         for turn in 0..3 {
             let way = (run + turn) % 3;

@@ -262,13 +262,13 @@ impl Background {
             Ok(()) => {
                 self.allocate_retry = BackOff::default();
                 self.memory_came();
-                let nobody_waits = {
+                let has_time = {
                     let mut core = self.shared.core.lock();
                     core.slot_allocated(seq);
-                    core.waiting() == 0 && core.cold_regions() == 0
+                    core.waiting() == 0 && core.cold_regions() == 0 && core.next_seal().is_none()
                 };
-                // It takes time, and what is read back after a restart would wait for it.
-                if nobody_waits {
+                // It takes time that those who wait for room, for a region or for a table to be written would miss.
+                if has_time && self.epoch.is_none() {
                     self.shared.arena.enlarge_pages(seq);
                 }
             }
