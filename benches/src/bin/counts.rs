@@ -1,7 +1,7 @@
 //! Drives the engine without a ring, a thread or a device: operations are completed in memory, uncopied, so that what is
 //! counted is the engine's own work. For callgrind (see `benches/counts`), which cannot run io_uring.
 //!
-//! Usage: counts OPERATION N [VARIANT]    carries it out N times and prints how many operations of devices and wake-ups
+//! Usage: `counts OPERATION N [VARIANT]`  carries it out N times and prints how many operations of devices and wake-ups
 //! that took
 //!
 //! VARIANT: what the stage is like, to see whether that costs anything: base (a volume of 1 GiB, alone on an empty stage);
