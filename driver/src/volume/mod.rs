@@ -9,6 +9,8 @@ pub mod local;
 pub mod request;
 pub mod shared;
 pub mod status;
+#[cfg(test)]
+mod still;
 
 pub use door::VolumeDoor;
 pub use engine::{Engine, EngineConfig};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Background, Clock, LOAD_TOKENS, Shared};
+use super::{Background, LOAD_TOKENS, Shared};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::geometry::{CHECKPOINTS_OFFSET, PATCH_OFFSET};
 use crate::format::record::RecordKind;
@@ -12,22 +12,7 @@ use crate::io::{Disk, Done, Errno, Memory, Op, OpKind, Target};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
 use crate::stage::core::{Core, DoorId};
-use crate::volume::Wake;
-
-struct Still;
-
-impl Clock for Still {
-    fn unix_ns(&self) -> u64 {
-        1
-    }
-    fn monotonic_ns(&self) -> u64 {
-        1
-    }
-}
-
-impl Wake for Still {
-    fn wake(&self) {}
-}
+use crate::volume::still::Still;
 
 /// What was asked of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,23 +8,7 @@ use crate::base::Lsn;
 use crate::io::{Disk, Op};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
-use crate::volume::request::Wake;
-use crate::volume::shared::Clock;
-
-struct Still;
-
-impl Clock for Still {
-    fn unix_ns(&self) -> u64 {
-        1
-    }
-    fn monotonic_ns(&self) -> u64 {
-        1
-    }
-}
-
-impl Wake for Still {
-    fn wake(&self) {}
-}
+use crate::volume::still::Still;
 
 #[derive(Default)]
 struct Io {
