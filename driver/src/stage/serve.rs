@@ -15,7 +15,7 @@ use crate::format::region::RegionStart;
 /// Most records that one epoch takes: bounds the flush plan's memory.
 pub const EPOCH_RECORDS_MAX: u32 = 64 << 10;
 
-/// Slots that get their memory before regions are brought back into memory.
+/// Slots that get their memory while regions are brought back into memory.
 const ALLOCATED_AHEAD: u64 = 8;
 
 /// Where bytes of a read come from.
@@ -112,10 +112,11 @@ impl Core {
     #[must_use]
     pub fn next_unallocated(&self) -> Option<RegionSeq> {
         let open = self.ring.open_seq();
-        let all = u64::from(self.ring.geometry().region_count) - 1;
-        let is_loading = !self.damaged && self.ring.regions().any(|r| self.is_needed_cold(r));
-        let count = if is_loading { all.min(ALLOCATED_AHEAD) } else { all };
-        (1..=count).map(|i| RegionSeq(open.0 + i)).find(|seq| !self.is_allocated(*seq))
+        let count = u64::from(self.ring.geometry().region_count);
+        let ahead = (1..count).find(|i| !self.is_allocated(RegionSeq(open.0 + i)))?;
+        let is_loading = || !self.damaged && self.ring.regions().any(|r| self.is_needed_cold(r));
+        // Regions are looked at last: most of the time all slots have memory.
+        (ahead <= ALLOCATED_AHEAD || !is_loading()).then_some(RegionSeq(open.0 + ahead))
     }
 
     /// The memory of a region's slot exists now.
