@@ -1,7 +1,7 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: `native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs`
+//! Usage: `native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | native recovery DISK | native costs`
 //!
 //! DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 //! DISK: where they go to measure recovery from a disk
@@ -40,9 +40,14 @@ fn main() {
         [dir, calls, operation, count] if calls == "calls" => {
             one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
         }
+        [dir, ingest, bytes, doors] if ingest == "ingest" => {
+            let (bytes, doors) = (bytes.parse().unwrap_or(4096), doors.parse().unwrap_or(1));
+            ingest_alone(Path::new(dir), bytes, doors)
+        }
         _ => {
             eprintln!(
-                "usage: native DIR [DISK] | native DIR calls OPERATION N | native recovery DISK | native costs"
+                "usage: native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | \
+                 native recovery DISK | native costs"
             );
             std::process::exit(2);
         }
@@ -118,6 +123,16 @@ fn processors(dir: &Path, bytes: usize, count: u64, runs: usize) -> Result<()> {
         let note = Note::of("engine", &scenario, who, "rate", "records/s", rates);
         Note { ours: TWO.into(), ..note }.print();
     }
+    Ok(())
+}
+
+/// One ingest, for a profiler to look at.
+fn ingest_alone(dir: &Path, bytes: usize, doors: u64) -> Result<()> {
+    let runs = Effort::from_environment(false).runs;
+    let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
+    let count = if bytes < 1024 { 400_000 } else { 100_000 };
+    let rates = ingest(&place, bytes, count, runs, doors)?.0;
+    note(&format!("ingest, {bytes} B records, {doors} doors"), "rate", "records/s", rates);
     Ok(())
 }
 
