@@ -28,8 +28,15 @@ use crate::format::record::record_bytes;
 use crate::io::op::SharedMemory;
 use zerocopy::IntoBytes;
 
+/// Size of a page.
+const PAGE_BYTES: usize = 4096;
+
 /// Size of a large page.
 const HUGE_BYTES: usize = 2 << 20;
+
+/// Memory that is made at once as large pages. Each time the kernel waits until every processor has come by, which takes up to a
+/// tick where one is busy.
+const AHEAD_BYTES: u32 = 16 << 20;
 
 /// A mapped arena.
 pub struct Arena {
@@ -39,10 +46,11 @@ pub struct Arena {
     region_count: u32,
     /// Readers that use bytes of a slot, per slot: such a slot is not given to a new region.
     pins: Vec<AtomicU32>,
-    /// Whether a slot's memory exists, per slot. Held while it is made, so that it is made once.
+    /// Whether a slot's memory exists, per slot. Locked while it is made, so that it is made once.
     made: Vec<Mutex<bool>>,
     /// The file and its path; none for an anonymous arena.
     file: Option<(File, PathBuf)>,
+    is_new: bool,
 }
 
 // SAFETY: `base` points to a mapping that lives as long as the value; who may touch which part from which thread is
@@ -115,7 +123,7 @@ fn reserve_aligned(len: usize) -> *mut libc::c_void {
         return std::ptr::null_mut();
     }
     let before = base.align_offset(HUGE_BYTES);
-    let used = len.next_multiple_of(4096);
+    let used = len.next_multiple_of(PAGE_BYTES);
     // SAFETY: what lies before and behind the aligned part, which nobody uses; the part itself is mapped over next.
     unsafe {
         if before > 0 {
@@ -182,7 +190,7 @@ impl Arena {
             ));
         }
         file.set_len(len).map_err(|e| Error::io(format!("cannot size arena {}", path.display()), e))?;
-        let arena = Arena::map(file, identity, Some(path.to_path_buf()))?;
+        let arena = Arena::map(file, identity, Some(path.to_path_buf()), true)?;
         arena.allocate_bytes(0, ARENA_HEADER_BYTES as u64)?;
         let image = identity.encode(salt);
         // SAFETY: nobody else knows the new mapping; the header fits it.
@@ -195,32 +203,77 @@ impl Arena {
     /// are mapped, too, so that whoever stores there does not fault on each. What exists already takes no time, so somebody
     /// else may do it before it is needed.
     pub fn allocate(&self, seq: RegionSeq) -> Result<()> {
-        let mut made = self.made[seq.slot(self.region_count) as usize].lock();
-        if *made {
-            return Ok(());
+        let mut made = self.made(seq).lock();
+        if !*made {
+            self.make(seq)?;
+            *made = true;
         }
+        Ok(())
+    }
+
+    fn made(&self, seq: RegionSeq) -> &Mutex<bool> {
+        &self.made[seq.slot(self.region_count) as usize]
+    }
+
+    fn make(&self, seq: RegionSeq) -> Result<()> {
         let at = self.position(seq, 0);
         self.allocate_bytes(at as u64, u64::from(self.region_bytes))?;
+        // A kernel that does not know it has faults instead.
         // SAFETY: the slot lies within the mapping (checked by `position`); populating changes no byte.
         unsafe {
             libc::madvise(self.base.add(at).cast(), self.region_bytes as usize, libc::MADV_POPULATE_WRITE)
         };
-        // A kernel that does not know it has faults instead.
-        *made = true;
         Ok(())
     }
 
-    /// Has the kernel put the small pages of the slot of region `seq` together into large ones, as far as it can and will:
-    /// records lie on as many pages as they are blocks, and finding a page takes as long as copying a block. The large page
-    /// that began in the slot before is done with it, whoever uses that. Takes a millisecond or a few.
-    pub(crate) fn enlarge_pages(&self, seq: RegionSeq) {
-        if (self.region_bytes as usize) < HUGE_BYTES {
+    /// Does the same for `seqs`, and has the kernel make their memory as large pages, as far as it can and will. Records lie on as
+    /// many pages as they are blocks, and finding a page takes as long as copying a block; making one large page takes a tenth
+    /// of making as many small ones. For memory that nobody waits for: where a processor is busy this takes some
+    /// milliseconds, and where small pages are there already they are copied.
+    pub(crate) fn allocate_ahead(&self, seqs: &[RegionSeq]) -> Result<()> {
+        let are_neighbours =
+            |a: &RegionSeq, b: &RegionSeq| a.slot(self.region_count) + 1 == b.slot(self.region_count);
+        for run in seqs.chunk_by(are_neighbours).flat_map(|run| run.chunks(self.regions_ahead())) {
+            // In the order of the slots, so that two of these never wait for each other.
+            let missing = run.iter().map(|seq| (*seq, self.made(*seq).lock())).filter(|(_, made)| !**made);
+            let mut missing: Vec<_> = missing.collect();
+            if let (Some((first, _)), Some((last, _))) = (missing.first(), missing.last()) {
+                self.make_large_pages(self.position(*first, 0), self.position(*last, self.region_bytes));
+            }
+            for (seq, made) in &mut missing {
+                self.make(*seq)?;
+                **made = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of regions that [`Arena::allocate_ahead`] takes together.
+    pub(crate) fn regions_ahead(&self) -> usize {
+        (AHEAD_BYTES / self.region_bytes).max(1) as usize
+    }
+
+    /// Makes the large pages that have bytes from `from` to `to`. One comes into being as small ones are put together, of which
+    /// one has to exist; for those that do not it gets zeroes. What users of the slots beside store meanwhile is kept.
+    /// Where it does not work nothing is lost but a small page.
+    fn make_large_pages(&self, from: usize, to: usize) {
+        let from = from & !(HUGE_BYTES - 1);
+        let to = to.next_multiple_of(HUGE_BYTES).min(self.len & !(HUGE_BYTES - 1));
+        if from >= to || self.region_bytes < HUGE_BYTES as u32 {
             return;
         }
-        let aligned = |at: usize| at & !(HUGE_BYTES - 1);
-        let (from, to) = (aligned(self.position(seq, 0)), aligned(self.position(seq, self.region_bytes)));
-        // SAFETY: within the mapping; the kernel copies what others store there meanwhile, too, and changes no byte.
-        unsafe { libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE) };
+        // SAFETY: within the mapping; the kernel moves what others store there meanwhile, too, and changes no byte.
+        unsafe {
+            for at in (from..to).step_by(HUGE_BYTES) {
+                libc::madvise(self.base.add(at).cast(), PAGE_BYTES, libc::MADV_POPULATE_WRITE);
+            }
+            libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE);
+        }
+    }
+
+    /// Whether its memory was made for this value, and not for one before it.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_new
     }
 
     fn allocate_bytes(&self, offset: u64, len: u64) -> Result<()> {
@@ -253,7 +306,7 @@ impl Arena {
         if bytes != Arena::file_bytes(identity) as u64 {
             return Err(wrong());
         }
-        let arena = Arena::map(file, identity, Some(path.clone()))?;
+        let arena = Arena::map(file, identity, Some(path.clone()), false)?;
         // SAFETY: the header is within the mapping and nobody writes to it once the file has its name.
         let header = unsafe { std::slice::from_raw_parts(arena.base, ARENA_HEADER_BYTES) };
         if ArenaIdentity::decode(header, salt) != Some(*identity) {
@@ -285,14 +338,14 @@ impl Arena {
             return Err(Error::new(ErrorKind::Invalid, "the memory is not that of this arena"));
         }
         let memory = memory.try_clone().map_err(|e| Error::io("cannot keep anonymous shared memory", e))?;
-        Arena::map(memory, identity, None)
+        Arena::map(memory, identity, None, false)
     }
 
     fn file_bytes(identity: &ArenaIdentity) -> usize {
         ARENA_HEADER_BYTES + identity.region_bytes as usize * identity.region_count as usize
     }
 
-    fn map(file: File, identity: &ArenaIdentity, path: Option<PathBuf>) -> Result<Arena> {
+    fn map(file: File, identity: &ArenaIdentity, path: Option<PathBuf>, is_new: bool) -> Result<Arena> {
         use std::os::fd::AsRawFd;
         let len = Arena::file_bytes(identity);
         let map = |at: *mut libc::c_void, how: i32| {
@@ -328,6 +381,7 @@ impl Arena {
             pins: (0..identity.region_count).map(|_| AtomicU32::new(0)).collect(),
             made: (0..identity.region_count).map(|_| Mutex::new(false)).collect(),
             file: path.map(|path| (file, path)),
+            is_new,
         })
     }
 

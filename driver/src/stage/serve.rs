@@ -119,6 +119,20 @@ impl Core {
         (ahead <= ALLOCATED_AHEAD || !is_loading()).then_some(RegionSeq(open.0 + ahead))
     }
 
+    /// The region of [`Core::next_unallocated`] and those right behind it whose slots have no memory either, `most` at the most.
+    #[must_use]
+    pub fn unallocated_together(&self, most: usize) -> Vec<RegionSeq> {
+        let next = self.next_unallocated().into_iter();
+        let following = next.flat_map(|next| (next.0..).map(RegionSeq));
+        following.take(most).take_while(|seq| !self.is_allocated(*seq)).collect()
+    }
+
+    /// Whether nobody waits for room, for a region or for a full region's table to be written.
+    #[must_use]
+    pub fn has_time(&self) -> bool {
+        self.waiting() == 0 && self.cold_regions() == 0 && self.next_seal().is_none()
+    }
+
     /// The memory of a region's slot exists now.
     pub fn slot_allocated(&mut self, seq: RegionSeq) {
         let slot = seq.slot(self.ring.geometry().region_count) as usize;

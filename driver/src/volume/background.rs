@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::back_off::BackOff;
+pub use self::load::LOADS_AT_ONCE_MAX;
 use self::load::Loads;
 pub use self::status::BackgroundStatus;
 use super::shared::{Clock, Shared, log_write_of};
@@ -252,25 +253,29 @@ impl Background {
 
     // ---- memory
 
-    /// Brings one more slot of the arena into being. A step takes one, so that requests are not held up for long.
+    /// Brings more slots of the arena into being: one, so that requests are not held up for long, or a few together as large pages
+    /// while nobody waits.
     fn allocate(&mut self, now_ns: u64) {
         if now_ns < self.allocate_retry.until_ns {
             return;
         }
-        let Some(seq) = self.shared.core.lock().next_unallocated() else { return };
-        match self.shared.arena.allocate(seq) {
+        let arena = &self.shared.arena;
+        let seqs = {
+            let core = self.shared.core.lock();
+            let has_time = self.epoch.is_none() && core.has_time();
+            core.unallocated_together(if has_time { arena.regions_ahead() } else { 1 })
+        };
+        let made = match seqs[..] {
+            [] => return,
+            [seq] => arena.allocate(seq),
+            _ => arena.allocate_ahead(&seqs),
+        };
+        match made {
             Ok(()) => {
                 self.allocate_retry = BackOff::default();
                 self.memory_came();
-                let has_time = {
-                    let mut core = self.shared.core.lock();
-                    core.slot_allocated(seq);
-                    core.waiting() == 0 && core.cold_regions() == 0 && core.next_seal().is_none()
-                };
-                // It takes time that those who wait for room, for a region or for a table to be written would miss.
-                if has_time && self.epoch.is_none() {
-                    self.shared.arena.enlarge_pages(seq);
-                }
+                let mut core = self.shared.core.lock();
+                seqs.into_iter().for_each(|seq| core.slot_allocated(seq));
             }
             Err(error) => {
                 self.allocate_retry.failed(now_ns, FLUSH_RETRY_NS);

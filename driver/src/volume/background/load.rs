@@ -16,6 +16,9 @@ use crate::stage::ring::RegionState;
 /// Most regions that are read at once, and one more that a read waits for: what is begun is before it in the device's queue.
 const LOADS_MAX: usize = 2;
 
+/// Most regions that are read at once, with the one.
+pub const LOADS_AT_ONCE_MAX: usize = LOADS_MAX + 1;
+
 /// What is being loaded.
 #[derive(Debug, Default)]
 pub(super) struct Loads {

@@ -8,12 +8,12 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::options_of;
-use crate::base::{Lsn, Result, VolumeId};
+use crate::base::{Lsn, RegionSeq, Result, VolumeId};
 use crate::flush::epoch::FlushTarget;
 use crate::io::Target;
 use crate::io::file::FileDisk;
 use crate::io::uring::{Event, Reactor, Waker};
-use crate::volume::background::{Background, BackgroundStatus};
+use crate::volume::background::{Background, BackgroundStatus, LOADS_AT_ONCE_MAX};
 use crate::volume::request::Wake;
 use crate::volume::shared::{Clock, Shared};
 
@@ -175,14 +175,20 @@ impl BackgroundThread<'_> {
     }
 }
 
-/// Makes the memory of cold regions, oldest first, beside the background that fills and verifies them: making it takes more
+/// Makes the memory of cold regions, oldest first, beside the background that fills and verifies them: making it may take more
 /// time than that. What fails is found by the background, which tells.
 fn make_memory(shared: &Shared, is_over: &AtomicBool) {
+    let arena = &shared.arena;
     let cold = shared.core.lock().cold_region_seqs();
-    let _ = cold
-        .into_iter()
-        .take_while(|_| !is_over.load(Ordering::Relaxed))
-        .try_for_each(|seq| shared.arena.allocate(seq));
+    // What an arena before this one has left is used as it is: it is waited for.
+    let make = |seqs: &[RegionSeq]| match seqs {
+        [seq] => arena.allocate(*seq),
+        seqs => arena.allocate_ahead(seqs),
+    };
+    let at_once = if arena.is_new() { arena.regions_ahead() } else { 1 };
+    // The background begins with the first ones itself.
+    let later = cold.get(LOADS_AT_ONCE_MAX..).unwrap_or_default();
+    let _ = later.chunks(at_once).take_while(|_| !is_over.load(Ordering::Relaxed)).try_for_each(make);
 }
 
 /// Tells the log what has begun to fail and what works again.
