@@ -77,12 +77,13 @@ STANDS = (
         Scenario("4K randread qd1, staged", Fio("randread"), (d.OURS_MEMORY, d.NULL, d.RAW)),
     )),
     Stand("synced", d.synced, (
-        Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP, d.RAW)),
-        Scenario("4K write+fsync, 8 jobs", Fio("randwrite", jobs=8, options=SYNC), (*CACHES, d.KERNEL_LOOP, d.RAW)),
+        Scenario("4K write+fsync qd1", Fio("randwrite", options=SYNC, calls=True), (*CACHES, d.KERNEL_LOOP, d.RAW)),
+        Scenario("4K write+fsync qd1, through io_uring", Fio("randwrite", options=SYNC), (*CACHES, d.KERNEL_LOOP, d.RAW)),
+        Scenario("4K write+fsync, 8 jobs", Fio("randwrite", jobs=8, options=SYNC, calls=True), (*CACHES, d.KERNEL_LOOP, d.RAW)),
     )),
     Stand("slow", d.slowed, (
-        Scenario("4K write+fsync qd1, slow backing", Fio("randwrite", options=SYNC), (*SLOW, d.RAW)),
-        Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC), (*SLOW, d.RAW)),
+        Scenario("4K write+fsync qd1, slow backing", Fio("randwrite", options=SYNC, calls=True), (*SLOW, d.RAW)),
+        Scenario("4K write+fsync, 8 jobs, slow backing", Fio("randwrite", jobs=8, options=SYNC, calls=True), (*SLOW, d.RAW)),
     )),
     Stand("full", d.filled, (
         Scenario("4K randwrite qd32, stage full",

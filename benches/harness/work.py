@@ -18,7 +18,8 @@ LATENCIES = (("p50", "50.000000"), ("p99", "99.000000"), ("p99.9", "99.900000"))
 @dataclass(frozen=True)
 class Fio:
     """A job of fio. `tail`: percentiles of latency too; `second_half`: what comes before is not measured; `cost`: processor
-    time of the server for each."""
+    time of the server for each; `calls`: by plain calls one after the other, as databases do it. An fsync through io_uring is
+    carried out by a worker thread of the kernel, and waking that and being woken by it takes longer here than the fsync."""
 
     rw: str
     bs: str = "4k"
@@ -31,11 +32,13 @@ class Fio:
     second_half: bool = False
     cost: bool = False
     longer: float = 1.0
+    calls: bool = False
 
     def __call__(self, way, seconds):
         seconds *= self.longer
         command = ["fio", "--name=b", f"--filename={way.path}", f"--rw={self.rw}", f"--bs={self.bs}", "--direct=1",
-                   f"--iodepth={self.depth}", f"--numjobs={self.jobs}", "--ioengine=io_uring", f"--size={self.size}",
+                   f"--iodepth={self.depth}", f"--numjobs={self.jobs}", f"--size={self.size}",
+                   f"--ioengine={'psync' if self.calls else 'io_uring'}",
                    "--randrepeat=0", "--norandommap", "--group_reporting", "--output-format=json", "--thread",
                    "--allow_mounted_write=0"]
         command += ["--time_based", f"--runtime={int(seconds * (500 if self.second_half else 1000))}ms"]
