@@ -1,7 +1,8 @@
 //! Measures the engine alone, on this machine, without a kernel block device: ingest, recovery, time to first read.
 //! Prints notes, one JSON object a line; `ROUNDS` says how many runs.
 //!
-//! Usage: `native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | native recovery DISK | native costs`
+//! Usage: `native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | native recovery DISK |
+//! native costs`
 //!
 //! DIR: where stage and backing files go (a disk, or a tmpfs to leave the disk out of it)
 //! DISK: where they go to measure recovery from a disk

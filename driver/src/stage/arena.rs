@@ -34,8 +34,8 @@ const PAGE_BYTES: usize = 4096;
 /// Size of a large page.
 const HUGE_BYTES: usize = 2 << 20;
 
-/// Memory that is made at once as large pages. Each time the kernel waits until every processor has come by, which takes up to a
-/// tick where one is busy.
+/// Memory that is made at once as large pages. Each time the kernel waits until every processor has come by, which takes up to
+/// a tick where one is busy.
 const AHEAD_BYTES: u32 = 16 << 20;
 
 /// A mapped arena.
@@ -226,9 +226,9 @@ impl Arena {
         Ok(())
     }
 
-    /// Does the same for `seqs`, and has the kernel make their memory as large pages, as far as it can and will. Records lie on as
-    /// many pages as they are blocks, and finding a page takes as long as copying a block; making one large page takes a tenth
-    /// of making as many small ones. For memory that nobody waits for: where a processor is busy this takes some
+    /// Does the same for `seqs`, and has the kernel make their memory as large pages, as far as it can and will. Records lie
+    /// on as many pages as they are blocks, and finding a page takes as long as copying a block; making one large page takes
+    /// a tenth of making as many small ones. For memory that nobody waits for: where a processor is busy this takes some
     /// milliseconds, and where small pages are there already they are copied.
     pub(crate) fn allocate_ahead(&self, seqs: &[RegionSeq]) -> Result<()> {
         let are_neighbours =

@@ -119,7 +119,7 @@ impl Core {
         (ahead <= ALLOCATED_AHEAD || !is_loading()).then_some(RegionSeq(open.0 + ahead))
     }
 
-    /// The region of [`Core::next_unallocated`] and those right behind it whose slots have no memory either, `most` at the most.
+    /// The region of [`Core::next_unallocated`] and those right behind it whose slots have no memory either, at most `most`.
     #[must_use]
     pub fn unallocated_together(&self, most: usize) -> Vec<RegionSeq> {
         let next = self.next_unallocated().into_iter();

@@ -253,8 +253,8 @@ impl Background {
 
     // ---- memory
 
-    /// Brings more slots of the arena into being: one, so that requests are not held up for long, or a few together as large pages
-    /// while nobody waits.
+    /// Brings more slots of the arena into being: one, so that requests are not held up for long, or a few together as large
+    /// pages while nobody waits.
     fn allocate(&mut self, now_ns: u64) {
         if now_ns < self.allocate_retry.until_ns {
             return;
