@@ -83,25 +83,23 @@ fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
 fn measure(dir: &Path) -> Result<()> {
     let runs = Effort::from_environment(false).runs;
     costs_of_a_block(runs);
-    for (bytes, count, doors) in
-        [(4096usize, 100_000u64, 1), (4096, 100_000, 2), (64, 400_000, 1), (64, 400_000, 2)]
-    {
+    for (bytes, doors) in [(4096, 1), (4096, 2), (64, 1), (64, 2)] {
         let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
-        let (rates, bounds) = ingest(&place, bytes, count, runs, doors)?;
+        let (rates, bounds) = ingest(&place, bytes, runs, doors)?;
         let doors = if doors == 1 { "one door" } else { "two doors, a thread each" };
         let scenario = format!("ingest, ack memory, {bytes} B records, {doors}");
         Note::of("engine", &scenario, "memcpy + crc64 of one core", "rate", "records/s", bounds).print();
         note(&scenario, "rate", "records/s", rates);
     }
-    for (bytes, count) in [(4096usize, 100_000u64), (64, 400_000)] {
-        processors(dir, bytes, count, runs)?;
+    for bytes in [4096, 64] {
+        processors(dir, bytes, runs)?;
     }
     recovery(dir, runs)
 }
 
 /// One door on one processor and two doors on two, in turn: everything that the process does, its log writes included, has no
 /// more than that. Where there is one processor only, nothing.
-fn processors(dir: &Path, bytes: usize, count: u64, runs: usize) -> Result<()> {
+fn processors(dir: &Path, bytes: usize, runs: usize) -> Result<()> {
     const TWO: &str = "tidegate, two doors on two processors";
     let all = affinity()?;
     let some: Vec<usize> =
@@ -115,7 +113,7 @@ fn processors(dir: &Path, bytes: usize, count: u64, runs: usize) -> Result<()> {
         for ((doors, _), rates) in ways.iter().zip(&mut rates) {
             confine(&some[..*doors as usize])?;
             let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
-            rates.extend(ingest(&place, bytes, count, 1, *doors)?.0);
+            rates.extend(ingest(&place, bytes, 1, *doors)?.0);
         }
     }
     sched_setaffinity(Pid::from_raw(0), &all).map_err(processor_error)?;
@@ -131,8 +129,7 @@ fn processors(dir: &Path, bytes: usize, count: u64, runs: usize) -> Result<()> {
 fn ingest_alone(dir: &Path, bytes: usize, doors: u64) -> Result<()> {
     let runs = Effort::from_environment(false).runs;
     let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
-    let count = if bytes < 1024 { 400_000 } else { 100_000 };
-    let rates = ingest(&place, bytes, count, runs, doors)?.0;
+    let rates = ingest(&place, bytes, runs, doors)?.0;
     note(&format!("ingest, {bytes} B records, {doors} doors"), "rate", "records/s", rates);
     Ok(())
 }
@@ -199,10 +196,11 @@ fn bound(bytes: usize, target: &mut [u8]) -> f64 {
     count as f64 / started.elapsed().as_secs_f64()
 }
 
-/// Records per second of `doors` doors, a thread each with 32 requests in flight, random offsets, in `runs` runs of `count`
-/// records each. The stage has been written to all over before, so that its memory exists, and is empty when a run begins.
-/// And the bound of one core, in turn with it.
-fn ingest(place: &Place, bytes: usize, count: u64, runs: usize, doors: u64) -> Result<(Vec<f64>, Vec<f64>)> {
+/// Records per second of `doors` doors, a thread each with 32 requests in flight, random offsets, in `runs` runs. The stage has
+/// been written to all over before, so that its memory exists, and is empty when a run begins. And the bound of one core, in
+/// turn with it.
+fn ingest(place: &Place, bytes: usize, runs: usize, doors: u64) -> Result<(Vec<f64>, Vec<f64>)> {
+    let count: u64 = if bytes < 1024 { 400_000 } else { 100_000 };
     let engine = place.open(None)?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let large = 64 << 10;

@@ -233,7 +233,7 @@ impl Arena {
     pub(crate) fn allocate_ahead(&self, seqs: &[RegionSeq]) -> Result<()> {
         let are_neighbours =
             |a: &RegionSeq, b: &RegionSeq| a.slot(self.region_count) + 1 == b.slot(self.region_count);
-        for run in seqs.chunk_by(are_neighbours).flat_map(|run| run.chunks(self.regions_ahead())) {
+        for run in seqs.chunk_by(are_neighbours) {
             // In the order of the slots, so that two of these never wait for each other.
             let missing = run.iter().map(|seq| (*seq, self.made(*seq).lock())).filter(|(_, made)| !**made);
             let mut missing: Vec<_> = missing.collect();
@@ -248,7 +248,7 @@ impl Arena {
         Ok(())
     }
 
-    /// Number of regions that [`Arena::allocate_ahead`] takes together.
+    /// As many regions as [`Arena::allocate_ahead`] should take together.
     pub(crate) fn regions_ahead(&self) -> usize {
         (AHEAD_BYTES / self.region_bytes).max(1) as usize
     }

@@ -119,12 +119,10 @@ impl Core {
         (ahead <= ALLOCATED_AHEAD || !is_loading()).then_some(RegionSeq(open.0 + ahead))
     }
 
-    /// The region of [`Core::next_unallocated`] and those right behind it whose slots have no memory either, at most `most`.
+    /// Regions from `first` on whose slots have no memory, one right behind the other, at most `most`.
     #[must_use]
-    pub fn unallocated_together(&self, most: usize) -> Vec<RegionSeq> {
-        let next = self.next_unallocated().into_iter();
-        let following = next.flat_map(|next| (next.0..).map(RegionSeq));
-        following.take(most).take_while(|seq| !self.is_allocated(*seq)).collect()
+    pub fn unallocated_from(&self, first: RegionSeq, most: usize) -> Vec<RegionSeq> {
+        (first.0..).map(RegionSeq).take(most).take_while(|seq| !self.is_allocated(*seq)).collect()
     }
 
     /// Whether nobody waits for room, for a region or for a full region's table to be written.

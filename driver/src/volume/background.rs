@@ -260,15 +260,17 @@ impl Background {
             return;
         }
         let arena = &self.shared.arena;
-        let seqs = {
+        let (seqs, has_time) = {
             let core = self.shared.core.lock();
+            let Some(next) = core.next_unallocated() else { return };
+            // Asked last, as it looks at all regions: most of the time all slots have memory.
             let has_time = self.epoch.is_none() && core.has_time();
-            core.unallocated_together(if has_time { arena.regions_ahead() } else { 1 })
+            (core.unallocated_from(next, if has_time { arena.regions_ahead() } else { 1 }), has_time)
         };
-        let made = match seqs[..] {
-            [] => return,
-            [seq] => arena.allocate(seq),
-            _ => arena.allocate_ahead(&seqs),
+        let made = if has_time {
+            arena.allocate_ahead(&seqs)
+        } else {
+            seqs.iter().try_for_each(|seq| arena.allocate(*seq))
         };
         match made {
             Ok(()) => {

@@ -13,10 +13,11 @@ use crate::io::{Errno, Memory, Op, OpKind, Target, Token};
 use crate::recovery::scan::walk_region;
 use crate::stage::ring::RegionState;
 
-/// Most regions that are read at once, and one more that a read waits for: what is begun is before it in the device's queue.
+/// Most regions that are read at once of those that no read waits for.
 const LOADS_MAX: usize = 2;
 
-/// Most regions that are read at once, with the one.
+/// Most regions that are read at once: there is place for one that a read waits for, since what is begun is before it in the
+/// device's queue.
 pub const LOADS_AT_ONCE_MAX: usize = LOADS_MAX + 1;
 
 /// What is being loaded.
@@ -71,7 +72,7 @@ impl Background {
         if now_ns < self.loads.paused_until_ns() {
             return;
         }
-        while self.loads.reading.len() <= LOADS_MAX && self.status.damage.is_none() {
+        while self.loads.reading.len() < LOADS_AT_ONCE_MAX && self.status.damage.is_none() {
             let region = {
                 let core = self.shared.core.lock();
                 let has_room = self.loads.reading.len() < LOADS_MAX;

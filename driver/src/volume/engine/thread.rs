@@ -180,15 +180,19 @@ impl BackgroundThread<'_> {
 fn make_memory(shared: &Shared, is_over: &AtomicBool) {
     let arena = &shared.arena;
     let cold = shared.core.lock().cold_region_seqs();
-    // What an arena before this one has left is used as it is: it is waited for.
-    let make = |seqs: &[RegionSeq]| match seqs {
-        [seq] => arena.allocate(*seq),
-        seqs => arena.allocate_ahead(seqs),
-    };
-    let at_once = if arena.is_new() { arena.regions_ahead() } else { 1 };
     // The background begins with the first ones itself.
-    let later = cold.get(LOADS_AT_ONCE_MAX..).unwrap_or_default();
-    let _ = later.chunks(at_once).take_while(|_| !is_over.load(Ordering::Relaxed)).try_for_each(make);
+    let mut later = cold.into_iter().skip(LOADS_AT_ONCE_MAX).take_while(|_| !is_over.load(Ordering::Relaxed));
+    if !arena.is_new() {
+        // What was left in it is used as it is: it is waited for.
+        let _ = later.try_for_each(|seq| arena.allocate(seq));
+        return;
+    }
+    loop {
+        let seqs: Vec<RegionSeq> = later.by_ref().take(arena.regions_ahead()).collect();
+        if seqs.is_empty() || arena.allocate_ahead(&seqs).is_err() {
+            return;
+        }
+    }
 }
 
 /// Tells the log what has begun to fail and what works again.
