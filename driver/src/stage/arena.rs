@@ -494,6 +494,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
+    use uuid::Uuid;
 
     #[test]
     fn folders_that_others_can_write_to_are_refused() {
@@ -512,6 +513,27 @@ mod tests {
         if nix::unistd::geteuid().is_root() {
             std::os::unix::fs::chown(&dir, Some(65534), None).unwrap();
             assert!(refuse_open_folder(&dir).unwrap_err().report().contains("user 65534"));
+        }
+    }
+
+    #[test]
+    fn memory_made_ahead_is_zero_and_leaves_what_lies_beside_it() {
+        let (region_bytes, region_count) = (4 << 20, 8);
+        let identity =
+            ArenaIdentity { stage_uuid: Uuid::from_u128(1), arena_id: 1, region_bytes, region_count };
+        let arena = Arena::anonymous(&identity).unwrap();
+        let (before, behind) = (RegionSeq(2), RegionSeq(6));
+        for seq in [before, behind] {
+            arena.allocate(seq).unwrap();
+            arena.put(seq, 0, &[7; 4 << 20]);
+        }
+        let made: Vec<RegionSeq> = (3..6).map(RegionSeq).collect();
+        arena.allocate_ahead(&made).unwrap();
+        for seq in made {
+            assert!(arena.bytes(seq, 0, 4 << 20).iter().all(|byte| *byte == 0), "{seq}");
+        }
+        for seq in [before, behind] {
+            assert!(arena.bytes(seq, 0, 4 << 20).iter().all(|byte| *byte == 7), "{seq}");
         }
     }
 }

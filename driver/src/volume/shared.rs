@@ -83,7 +83,7 @@ impl Mailbox {
     }
 
     /// Whether its thread has to be woken.
-    fn put(&self, outcome: Outcome) -> bool {
+    pub(super) fn put(&self, outcome: Outcome) -> bool {
         let mut letters = self.letters.lock();
         letters.outcomes.push(outcome);
         letters.outcomes.len() == 1 && !letters.is_watched

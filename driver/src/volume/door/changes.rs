@@ -89,14 +89,21 @@ impl VolumeDoor {
             }
             (0..PAUSES).for_each(|_| std::hint::spin_loop());
         }
+        self.end_look(io);
+    }
+
+    /// Takes what others have left meanwhile, which this thread is not woken for. A place may be among it, and filling that may
+    /// make a group due after the end of the batch has asked.
+    pub(super) fn end_look<IO: DoorIo>(&mut self, io: &mut IO) {
+        let now_ns = self.shared.clock.monotonic_ns();
         if self.waits_for_others() {
             self.others.in_vain();
         } else {
             self.others.paid();
-            self.run(io, Ask::Nothing);
+            self.run(io, Ask::Commit { now_ns });
         }
         if self.mailbox.leave_watch() {
-            self.run(io, Ask::Nothing);
+            self.run(io, Ask::Commit { now_ns });
         }
     }
 

@@ -8,6 +8,7 @@ use crate::base::Lsn;
 use crate::io::{Disk, Op};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
+use crate::stage::core::Claim;
 use crate::volume::request::Wake;
 use crate::volume::still::Still;
 
@@ -171,4 +172,19 @@ fn a_door_behind_anothers_place_is_woken_when_that_is_published() {
     assert_eq!((io_of_first.completed.as_slice(), woken.0.load(Ordering::Relaxed)), (&[1][..], 1));
     second.woken(&mut io);
     assert_eq!(io.completed, [2]);
+}
+
+#[test]
+fn a_place_that_comes_during_a_look_is_filled_and_goes_to_the_log() {
+    let (mut door, mut io) = (door(AckLevel::Log), Io::default());
+    door.batch_end(&mut io);
+    let claim = door.shared.core.lock().claim(DoorId(1), 0, 512, OnLogError::Stall);
+    let Claim::Slot(slot) = claim else { panic!("there is room") };
+    door.jobs.push(Job::Change(write(0, 0)));
+    door.mailbox.watch();
+    assert!(!door.mailbox.put(Outcome::Claimed { door: DoorId(1), tag: 0, slot }));
+    door.end_look(&mut io);
+    assert_eq!(io.submitted.len(), 1, "nobody else begins this write");
+    end_operations(&mut door, &mut io);
+    assert_eq!(io.completed, [0]);
 }
