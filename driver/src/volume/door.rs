@@ -109,8 +109,6 @@ pub struct VolumeDoor {
     gather: Gather,
     /// Whether the backing takes clients' memory.
     direct: Patience,
-    /// Whether others that hold places before this door's are soon done.
-    others: Patience,
     outcomes: Vec<Outcome>,
     own: Vec<Outcome>,
     pieces: Vec<ReadPiece>,
@@ -147,7 +145,6 @@ impl VolumeDoor {
             log_writes: 0,
             gather: Gather::default(),
             direct: Patience::default(),
-            others: Patience::default(),
             outcomes: Vec::with_capacity(64),
             own: Vec::with_capacity(64),
             pieces: Vec::with_capacity(16),
@@ -406,7 +403,6 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
             let now_ns = self.shared.clock.monotonic_ns();
             self.run(io, Ask::Commit { now_ns });
         }
-        self.look_for_others(io);
     }
 
     fn waits_for_more(&mut self, io: &mut IO) -> bool {

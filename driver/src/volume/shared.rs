@@ -46,47 +46,23 @@ pub fn log_write_of(token: Token) -> Option<u64> {
     (token.0 & LOG_TOKENS != 0).then_some(token.0 & !LOG_TOKENS)
 }
 
-/// What was left for a door.
-#[derive(Default)]
-struct Letters {
-    outcomes: Vec<Outcome>,
-    /// The door's thread looks here itself: it need not be woken.
-    is_watched: bool,
-}
-
 /// A door as other threads see it.
 pub struct Mailbox {
-    letters: Mutex<Letters>,
+    messages: Mutex<Vec<Outcome>>,
     wake: Arc<dyn Wake>,
 }
 
 impl Mailbox {
-    fn new(wake: Arc<dyn Wake>) -> Mailbox {
-        Mailbox { letters: Mutex::default(), wake }
-    }
-
     /// Takes what was left, at the end of `into`.
     pub fn take(&self, into: &mut Vec<Outcome>) {
-        into.append(&mut self.letters.lock().outcomes);
-    }
-
-    /// The door's thread looks here itself from now on, until it calls [`Mailbox::leave_watch`].
-    pub fn watch(&self) {
-        self.letters.lock().is_watched = true;
-    }
-
-    /// The door's thread wants to be woken again for what comes. Whether something has come that it was not woken for.
-    pub fn leave_watch(&self) -> bool {
-        let mut letters = self.letters.lock();
-        letters.is_watched = false;
-        !letters.outcomes.is_empty()
+        into.append(&mut self.messages.lock());
     }
 
     /// Whether its thread has to be woken.
-    pub(super) fn put(&self, outcome: Outcome) -> bool {
-        let mut letters = self.letters.lock();
-        letters.outcomes.push(outcome);
-        letters.outcomes.len() == 1 && !letters.is_watched
+    fn put(&self, outcome: Outcome) -> bool {
+        let mut messages = self.messages.lock();
+        messages.push(outcome);
+        messages.len() == 1
     }
 }
 
@@ -155,7 +131,7 @@ impl Shared {
 
     /// Makes a door reachable.
     pub fn add_door(&self, door: DoorId, wake: Arc<dyn Wake>) -> Arc<Mailbox> {
-        let mailbox = Arc::new(Mailbox::new(wake));
+        let mailbox = Arc::new(Mailbox { messages: Mutex::new(Vec::new()), wake });
         let before = self.doors.write().insert(door, mailbox.clone());
         assert!(before.is_none(), "door ids are given out once");
         mailbox
@@ -272,29 +248,5 @@ impl Shared {
     #[must_use]
     pub fn checkpoint(&self) -> Lsn {
         self.core.lock().checkpoint()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::volume::still::Still;
-
-    #[test]
-    fn a_mailbox_that_is_watched_wakes_nobody_and_loses_nothing() {
-        let mailbox = Mailbox::new(Arc::new(Still));
-        let outcome = || Outcome::Published { door: DoorId(1) };
-        assert!(mailbox.put(outcome()));
-        assert!(!mailbox.put(outcome()), "woken already");
-        let mut taken = Vec::new();
-        mailbox.take(&mut taken);
-        mailbox.watch();
-        assert!(!mailbox.put(outcome()));
-        assert!(mailbox.leave_watch(), "the watcher was not woken for it");
-        mailbox.take(&mut taken);
-        assert_eq!(taken.len(), 3);
-        mailbox.watch();
-        assert!(!mailbox.leave_watch());
-        assert!(mailbox.put(outcome()), "nobody looks any more");
     }
 }

@@ -10,9 +10,9 @@
 use zerocopy::IntoBytes;
 
 use super::{Ask, VolumeDoor};
+use crate::base::ByteRange;
 use crate::base::checksum::crc64;
 use crate::base::mutation::{Mutation, is};
-use crate::base::{ByteRange, Lsn};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::io::Errno;
 use crate::stage::core::{Ack, Claim, Core};
@@ -23,11 +23,6 @@ use crate::volume::request::{DoorIo, Request, RequestKind};
 const BATCH_CHANGES: usize = 8;
 /// A batch ends when it has this much payload.
 const BATCH_BYTES: u64 = 64 << 10;
-
-/// How often to look whether others have filled the places before, at the most, and the pauses of the processor between two
-/// looks: about as long together as a thread takes to fall asleep and to be woken.
-const LOOKS: u32 = 64;
-const PAUSES: u32 = 8;
 
 /// A filled place, to be published.
 #[derive(Debug)]
@@ -46,8 +41,6 @@ pub(super) struct Changes {
     filled: Vec<Filled>,
     /// Changes whose payload could not be had. They are answered once their places are published.
     failed: Vec<(u32, Errno)>,
-    /// Last place that was published.
-    published: Lsn,
 }
 
 impl Changes {
@@ -64,49 +57,12 @@ impl Changes {
     /// Hands what is filled over to the core.
     pub(super) fn publish(&mut self, core: &mut Core) {
         for Filled { slot, record, ack } in self.filled.drain(..) {
-            self.published = self.published.max(record.lsn);
             core.publish(slot, record, ack);
         }
     }
 }
 
 impl VolumeDoor {
-    /// Whether another door holds a place before those that this one has published.
-    fn waits_for_others(&self) -> bool {
-        self.shared.marks.published() < self.changes.published
-    }
-
-    /// Waits for others' places before those of this door, without sleeping: whoever holds one is filling it, and to be put to
-    /// sleep and woken takes longer than that. Not for long, as it may have lost its processor.
-    pub(super) fn look_for_others<IO: DoorIo>(&mut self, io: &mut IO) {
-        if !self.waits_for_others() || !self.others.attempts() {
-            return;
-        }
-        self.mailbox.watch();
-        for _ in 0..LOOKS {
-            if !self.waits_for_others() {
-                break;
-            }
-            (0..PAUSES).for_each(|_| std::hint::spin_loop());
-        }
-        self.end_look(io);
-    }
-
-    /// Takes what others have left meanwhile, which this thread is not woken for. A place may be among it, and filling that may
-    /// make a group due after the end of the batch has asked.
-    pub(super) fn end_look<IO: DoorIo>(&mut self, io: &mut IO) {
-        let now_ns = self.shared.clock.monotonic_ns();
-        if self.waits_for_others() {
-            self.others.in_vain();
-        } else {
-            self.others.paid();
-            self.run(io, Ask::Commit { now_ns });
-        }
-        if self.mailbox.leave_watch() {
-            self.run(io, Ask::Commit { now_ns });
-        }
-    }
-
     /// Takes a change. It gets its place with those that come with it.
     pub(super) fn change<IO: DoorIo>(&mut self, request: Request, io: &mut IO) {
         let changes = &mut self.changes;
