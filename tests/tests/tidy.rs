@@ -36,6 +36,7 @@ const UPWARD: &[(&str, &str)] = &[
 
 /// Files in which `unsafe` may be written.
 const UNSAFE: &[&str] = &[
+    "driver/src/base/prefetch.rs",
     "driver/src/bytes/client/connect.rs",
     "driver/src/bytes/client/fork.rs",
     "driver/src/io/file/sys.rs",

@@ -6,6 +6,7 @@ pub mod error;
 pub mod limits;
 pub mod mutation;
 pub mod patience;
+pub mod prefetch;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};

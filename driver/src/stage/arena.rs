@@ -17,7 +17,7 @@ use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
@@ -51,6 +51,8 @@ pub struct Arena {
     /// The file and its path; none for an anonymous arena.
     file: Option<(File, PathBuf)>,
     is_new: bool,
+    /// Not known to be refused by the kernel: it may be too old for that, or told not to.
+    collapses: AtomicBool,
 }
 
 // SAFETY: `base` points to a mapping that lives as long as the value; who may touch which part from which thread is
@@ -230,44 +232,56 @@ impl Arena {
     /// on as many pages as they are blocks, and finding a page takes as long as copying a block; making one large page takes
     /// a tenth of making as many small ones. For memory that nobody waits for: where a processor is busy this takes some
     /// milliseconds, and where small pages are there already they are copied.
-    pub(crate) fn allocate_ahead(&self, seqs: &[RegionSeq]) -> Result<()> {
+    ///
+    /// Returns how many of `seqs`, from the first on, have their memory now, and what is the matter with the next one.
+    pub(crate) fn allocate_ahead(&self, seqs: &[RegionSeq]) -> (usize, Result<()>) {
         let are_neighbours =
             |a: &RegionSeq, b: &RegionSeq| a.slot(self.region_count) + 1 == b.slot(self.region_count);
+        let mut made = 0;
         for run in seqs.chunk_by(are_neighbours) {
-            // In the order of the slots, so that two of these never wait for each other.
-            let missing = run.iter().map(|seq| (*seq, self.made(*seq).lock())).filter(|(_, made)| !**made);
-            let mut missing: Vec<_> = missing.collect();
-            if let (Some((first, _)), Some((last, _))) = (missing.first(), missing.last()) {
+            let mut missing = run.iter().filter(|seq| !*self.made(**seq).lock());
+            if let Some(first) = missing.next() {
+                let last = missing.next_back().unwrap_or(first);
                 self.make_large_pages(self.position(*first, 0), self.position(*last, self.region_bytes));
             }
-            for (seq, made) in &mut missing {
-                self.make(*seq)?;
-                **made = true;
+            for seq in run {
+                if let Err(error) = self.allocate(*seq) {
+                    return (made, Err(error));
+                }
+                made += 1;
             }
         }
-        Ok(())
+        (made, Ok(()))
     }
 
-    /// As many regions as [`Arena::allocate_ahead`] should take together.
+    /// As many regions as [`Arena::allocate_ahead`] should take together: one where there are no large pages to be had.
     pub(crate) fn regions_ahead(&self) -> usize {
-        (AHEAD_BYTES / self.region_bytes).max(1) as usize
+        if self.has_large_pages() { (AHEAD_BYTES / self.region_bytes).max(1) as usize } else { 1 }
+    }
+
+    fn has_large_pages(&self) -> bool {
+        self.region_bytes >= HUGE_BYTES as u32 && self.collapses.load(Ordering::Relaxed)
     }
 
     /// Makes the large pages that have bytes from `from` to `to`. One comes into being as small ones are put together, of which
-    /// one has to exist; for those that do not it gets zeroes. What users of the slots beside store meanwhile is kept.
-    /// Where it does not work nothing is lost but a small page.
+    /// one has to exist; for those that do not it gets zeroes. What users of these slots and of those beside store meanwhile is
+    /// kept. Where it does not work nothing is lost but a small page.
     fn make_large_pages(&self, from: usize, to: usize) {
         let from = from & !(HUGE_BYTES - 1);
         let to = to.next_multiple_of(HUGE_BYTES).min(self.len & !(HUGE_BYTES - 1));
-        if from >= to || self.region_bytes < HUGE_BYTES as u32 {
+        if from >= to || !self.has_large_pages() {
             return;
         }
         // SAFETY: within the mapping; the kernel moves what others store there meanwhile, too, and changes no byte.
-        unsafe {
+        let collapsed = unsafe {
             for at in (from..to).step_by(HUGE_BYTES) {
                 libc::madvise(self.base.add(at).cast(), PAGE_BYTES, libc::MADV_POPULATE_WRITE);
             }
-            libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE);
+            libc::madvise(self.base.add(from).cast(), to - from, libc::MADV_COLLAPSE)
+        };
+        // Other errors pass: there was no large page to be had, or somebody used a small one.
+        if collapsed == -1 && nix::errno::Errno::last() == nix::errno::Errno::EINVAL {
+            self.collapses.store(false, Ordering::Relaxed);
         }
     }
 
@@ -317,7 +331,7 @@ impl Arena {
 
     /// Arena without a file, for measurements: it lives as long as the value.
     pub fn anonymous(identity: &ArenaIdentity) -> Result<Arena> {
-        Arena::map_anonymous(&Arena::anonymous_memory(identity)?, identity)
+        Arena::map(Arena::anonymous_memory(identity)?, identity, None, true)
     }
 
     /// Memory for [`Arena::map_anonymous`]: it lives as long as the value or a mapping.
@@ -382,6 +396,7 @@ impl Arena {
             made: (0..identity.region_count).map(|_| Mutex::new(false)).collect(),
             file: path.map(|path| (file, path)),
             is_new,
+            collapses: AtomicBool::new(true),
         })
     }
 
@@ -528,7 +543,7 @@ mod tests {
             arena.put(seq, 0, &[7; 4 << 20]);
         }
         let made: Vec<RegionSeq> = (3..6).map(RegionSeq).collect();
-        arena.allocate_ahead(&made).unwrap();
+        assert!(matches!(arena.allocate_ahead(&made), (3, Ok(()))));
         for seq in made {
             assert!(arena.bytes(seq, 0, 4 << 20).iter().all(|byte| *byte == 0), "{seq}");
         }

@@ -32,7 +32,7 @@ use super::ring::{Ring, Slot};
 use super::window::Window;
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
-use crate::base::{Lsn, RegionSeq, VolumeId};
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::format::volume_entry::OnLogError;
 use crate::io::Errno;
@@ -262,6 +262,13 @@ impl Core {
                 break;
             }
             self.space_waits.pop_front();
+        }
+    }
+
+    /// Says that a change of `range` will be published soon.
+    pub fn expect(&self, volume: VolumeId, range: ByteRange) {
+        if let Some(index) = self.indexes.get(&volume) {
+            index.expect(range);
         }
     }
 

@@ -264,20 +264,24 @@ impl Background {
             let core = self.shared.core.lock();
             let Some(next) = core.next_unallocated() else { return };
             // Asked last, as it looks at all regions: most of the time all slots have memory.
-            let has_time = self.epoch.is_none() && core.has_time();
+            let has_time =
+                self.epoch.is_none() && self.log_writes == 0 && !core.log_is_failing() && core.has_time();
             (core.unallocated_from(next, if has_time { arena.regions_ahead() } else { 1 }), has_time)
         };
-        let made = if has_time {
+        let (made, end) = if has_time {
             arena.allocate_ahead(&seqs)
         } else {
-            seqs.iter().try_for_each(|seq| arena.allocate(*seq))
+            let made = arena.allocate(seqs[0]);
+            (usize::from(made.is_ok()), made)
         };
-        match made {
+        {
+            let mut core = self.shared.core.lock();
+            seqs[..made].iter().for_each(|seq| core.slot_allocated(*seq));
+        }
+        match end {
             Ok(()) => {
                 self.allocate_retry = BackOff::default();
                 self.memory_came();
-                let mut core = self.shared.core.lock();
-                seqs.into_iter().for_each(|seq| core.slot_allocated(seq));
             }
             Err(error) => {
                 self.allocate_retry.failed(now_ns, FLUSH_RETRY_NS);

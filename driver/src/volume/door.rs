@@ -393,16 +393,16 @@ impl<IO: DoorIo> Door<IO> for VolumeDoor {
 
     fn batch_end(&mut self, io: &mut IO) {
         self.take_in(io);
+        if !self.retired {
+            self.gather.batch_ended();
+            // Reads alone leave nothing to decide, and whoever makes a group due looks after it.
+            if self.unheard {
+                let now_ns = self.shared.clock.monotonic_ns();
+                self.run(io, Ask::Commit { now_ns });
+            }
+        }
+        // What got its place just now belongs to this batch, too.
         self.batch_ns = None;
-        if self.retired {
-            return;
-        }
-        self.gather.batch_ended();
-        // Reads alone leave nothing to decide, and whoever makes a group due looks after it.
-        if self.unheard {
-            let now_ns = self.shared.clock.monotonic_ns();
-            self.run(io, Ask::Commit { now_ns });
-        }
     }
 
     fn waits_for_more(&mut self, io: &mut IO) -> bool {

@@ -22,12 +22,14 @@
 //! * T3 A first key is exactly the first key of the leaf or branch that it stands for, so the entry before a key is found
 //!   in the leaf where a search ends, never in the one before.
 //! * T4 Where a removal has been, two neighbouring leaves of a branch have more entries than three quarters of a leaf, and two
-//!   neighbouring branches more leaves than three quarters of a branch.
+//!   neighbouring branches more leaves than three quarters of a branch. So what is left of a large tree is not a large one.
 //!
 //! A leaf that overflows gives away its upper half. Only where the new entry would be the last does it go to the next leaf, or,
 //! if that is full, to a leaf of its own: entries that come in order leave full leaves behind.
 
 use std::iter::FusedIterator;
+
+use crate::base::prefetch::prefetch;
 
 /// Where an entry is. Any change of the tree ends what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,7 @@ pub struct At {
 }
 
 #[derive(Clone, Debug)]
+#[repr(C)]
 struct Leaf<V, const LEAF: usize> {
     len: usize,
     keys: [u64; LEAF],
@@ -193,6 +196,15 @@ impl<V: Copy, const LEAF: usize, const BRANCH: usize> Tree<V, LEAF, BRANCH> {
         Some(At { branch, leaf, slot: slot - 1 })
     }
 
+    /// Begins to bring near what [`Tree::before`] will look at for `end`.
+    #[inline]
+    pub fn prefetch(&self, end: u64) {
+        let row = self.branches.before(end).map(|branch| &self.branches.items[branch]);
+        if let Some(leaf) = row.and_then(|row| Some(&row.items[row.before(end)?])) {
+            prefetch(&leaf.keys);
+        }
+    }
+
     /// The entry behind `at`, or the first one of all.
     pub fn after(&self, at: Option<At>) -> Option<At> {
         let Some(at) = at else {
@@ -286,7 +298,7 @@ impl<V: Copy, const LEAF: usize, const BRANCH: usize> Tree<V, LEAF, BRANCH> {
     /// Takes out, in order, the entries behind `at`, or all, whose key is below `end`, where `is_to_go` says so.
     pub fn extract(&mut self, at: Option<At>, end: u64, mut is_to_go: impl FnMut(u64, &V) -> bool) {
         let Some(At { mut branch, mut leaf, mut slot }) = self.after(at) else { return };
-        let mut goes_on = true;
+        let (mut goes_on, mut shrunk_before) = (true, false);
         while goes_on && branch < self.branches.len() {
             let row = &mut self.branches.items[branch];
             let mut has_shrunk = false;
@@ -303,9 +315,10 @@ impl<V: Copy, const LEAF: usize, const BRANCH: usize> Tree<V, LEAF, BRANCH> {
                 settle_leaf(row, leaf);
             }
             leaf = 0;
-            branch = if has_shrunk { self.settle_branch(branch) } else { branch + 1 };
+            branch = if has_shrunk || shrunk_before { self.settle_branch(branch) } else { branch + 1 };
+            shrunk_before = has_shrunk;
         }
-        if branch < self.branches.len() {
+        if shrunk_before && branch < self.branches.len() {
             self.settle_branch(branch);
         }
     }
@@ -321,7 +334,10 @@ impl<V: Copy, const LEAF: usize, const BRANCH: usize> Tree<V, LEAF, BRANCH> {
         self.branches.firsts[branch] = row.firsts[0];
         if branch > 0 && self.branches.items[branch - 1].len() + len <= BRANCH * 3 / 4 {
             let row = self.branches.remove(branch);
-            self.branches.items[branch - 1].append(row);
+            let before = &mut self.branches.items[branch - 1];
+            let joint = before.len();
+            before.append(row);
+            settle_leaf(before, joint);
             return branch;
         }
         branch + 1
@@ -351,6 +367,7 @@ impl<V: Copy, const LEAF: usize, const BRANCH: usize> FromIterator<(u64, V)> for
         let mut last = None;
         for (key, value) in entries {
             tree.insert_after(last, key, value);
+            // A new last entry moves none before it.
             last = tree.after(last);
         }
         tree

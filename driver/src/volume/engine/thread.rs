@@ -189,7 +189,7 @@ fn make_memory(shared: &Shared, is_over: &AtomicBool) {
     }
     loop {
         let seqs: Vec<RegionSeq> = later.by_ref().take(arena.regions_ahead()).collect();
-        if seqs.is_empty() || arena.allocate_ahead(&seqs).is_err() {
+        if seqs.is_empty() || arena.allocate_ahead(&seqs).1.is_err() {
             return;
         }
     }
