@@ -239,15 +239,19 @@ impl Arena {
             |a: &RegionSeq, b: &RegionSeq| a.slot(self.region_count) + 1 == b.slot(self.region_count);
         let mut made = 0;
         for run in seqs.chunk_by(are_neighbours) {
-            let mut missing = run.iter().filter(|seq| !*self.made(**seq).lock());
-            if let Some(first) = missing.next() {
-                let last = missing.next_back().unwrap_or(first);
+            // Locked in the order of the slots, so that two of these never wait for each other. Who needs one of them meanwhile
+            // waits: small pages made beside would have to be copied into the large ones.
+            let slots: Vec<_> = run.iter().map(|seq| (*seq, self.made(*seq).lock())).collect();
+            let mut missing = slots.iter().filter(|(_, is_made)| !**is_made);
+            if let Some((first, _)) = missing.next() {
+                let last = missing.next_back().map_or(first, |(last, _)| last);
                 self.make_large_pages(self.position(*first, 0), self.position(*last, self.region_bytes));
             }
-            for seq in run {
-                if let Err(error) = self.allocate(*seq) {
+            for (seq, mut is_made) in slots {
+                if !*is_made && let Err(error) = self.make(seq) {
                     return (made, Err(error));
                 }
+                *is_made = true;
                 made += 1;
             }
         }
