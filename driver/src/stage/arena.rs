@@ -205,19 +205,18 @@ impl Arena {
     /// are mapped, too, so that whoever stores there does not fault on each. What exists already takes no time, so somebody
     /// else may do it before it is needed.
     pub fn allocate(&self, seq: RegionSeq) -> Result<()> {
-        let mut made = self.made(seq).lock();
-        if !*made {
-            self.make(seq)?;
-            *made = true;
-        }
-        Ok(())
+        self.make(seq, &mut self.made(seq).lock())
     }
 
     fn made(&self, seq: RegionSeq) -> &Mutex<bool> {
         &self.made[seq.slot(self.region_count) as usize]
     }
 
-    fn make(&self, seq: RegionSeq) -> Result<()> {
+    /// Makes the memory of a slot unless `is_made`, which it is then.
+    fn make(&self, seq: RegionSeq, is_made: &mut bool) -> Result<()> {
+        if *is_made {
+            return Ok(());
+        }
         let at = self.position(seq, 0);
         self.allocate_bytes(at as u64, u64::from(self.region_bytes))?;
         // A kernel that does not know it has faults instead.
@@ -225,6 +224,7 @@ impl Arena {
         unsafe {
             libc::madvise(self.base.add(at).cast(), self.region_bytes as usize, libc::MADV_POPULATE_WRITE)
         };
+        *is_made = true;
         Ok(())
     }
 
@@ -248,10 +248,9 @@ impl Arena {
                 self.make_large_pages(self.position(*first, 0), self.position(*last, self.region_bytes));
             }
             for (seq, mut is_made) in slots {
-                if !*is_made && let Err(error) = self.make(seq) {
+                if let Err(error) = self.make(seq, &mut is_made) {
                     return (made, Err(error));
                 }
-                *is_made = true;
                 made += 1;
             }
         }

@@ -265,10 +265,10 @@ impl Core {
         }
     }
 
-    /// Says that a change of `range` will be published soon.
-    pub fn expect(&self, volume: VolumeId, range: ByteRange) {
+    /// Says that changes of `ranges` will be published soon.
+    pub fn expect(&self, volume: VolumeId, ranges: impl Iterator<Item = ByteRange>) {
         if let Some(index) = self.indexes.get(&volume) {
-            index.expect(range);
+            ranges.for_each(|range| index.expect(range));
         }
     }
 

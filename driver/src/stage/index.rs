@@ -123,7 +123,10 @@ fn assert_valid(extent: &Extent) {
 /// a few hundred branches.
 ///
 /// [`INDEX_EXTENTS_MAX`]: crate::base::limits::INDEX_EXTENTS_MAX
-type Extents = Tree<Entry, 32, 128>;
+const LEAF: usize = 32;
+const BRANCH: usize = 128;
+
+type Extents = Tree<Entry, LEAF, BRANCH>;
 
 /// The newest staged bytes of one volume.
 #[derive(Clone, Debug, Default)]
@@ -297,7 +300,7 @@ impl Index {
 #[derive(Clone, Debug)]
 pub struct Lookup<'a> {
     /// Extents behind those that are known already.
-    extents: Option<Entries<'a, Entry, 32, 128>>,
+    extents: Option<Entries<'a, Entry, LEAF, BRANCH>>,
     /// The next extent, where it is already known.
     ahead: Option<(u64, Entry)>,
     at: u64,

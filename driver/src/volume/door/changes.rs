@@ -89,9 +89,7 @@ impl VolumeDoor {
             let claim =
                 |r: &Request| core.claim(self.id, r.tag, payload_bytes(r) as u32, self.volume.on_log_error);
             claims.extend(arrived.iter().map(claim));
-            for request in &arrived {
-                core.expect(self.volume.id, ByteRange::at(request.offset, request.len));
-            }
+            core.expect(self.volume.id, arrived.iter().map(|r| ByteRange::at(r.offset, r.len)));
         }
         for (request, claim) in arrived.drain(..).zip(claims.drain(..)) {
             match claim {

@@ -8,6 +8,7 @@ use crate::base::Lsn;
 use crate::io::{Disk, Op};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
+use crate::volume::request::Wake;
 use crate::volume::still::Still;
 
 #[derive(Default)]
@@ -39,6 +40,16 @@ impl DoorIo for Io {
     }
 }
 
+/// Counts how often a door's thread was woken.
+#[derive(Default)]
+struct Woken(AtomicU32);
+
+impl Wake for Woken {
+    fn wake(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// A door to a volume with something staged, so that nobody but the door looks after the log.
 fn door(ack: AckLevel) -> VolumeDoor {
     let mut stage = SampleStage::new();
@@ -66,8 +77,16 @@ fn door(ack: AckLevel) -> VolumeDoor {
         doors: AtomicU32::new(0),
         counters: Default::default(),
     });
-    let mailbox = shared.add_door(DoorId(1), Arc::new(Still));
-    VolumeDoor::new(shared, volume, DoorId(1), mailbox)
+    another_door(&shared, &volume, DoorId(1), Arc::new(Still))
+}
+
+fn another_door(
+    shared: &Arc<Shared>,
+    volume: &Arc<VolumeShared>,
+    id: DoorId,
+    wake: Arc<dyn Wake>,
+) -> VolumeDoor {
+    VolumeDoor::new(shared.clone(), volume.clone(), id, shared.add_door(id, wake))
 }
 
 fn write(tag: u32, offset: u64) -> Request {
@@ -134,4 +153,22 @@ fn a_batch_that_is_too_large_is_cut() {
     let (mut door, mut io) = (door(AckLevel::Memory), Io::default());
     (0..20).for_each(|tag| door.request(write(tag, 0), &mut io));
     assert_eq!((io.placed.len(), io.completed.len()), (16, 16));
+}
+
+#[test]
+fn a_door_behind_anothers_place_is_woken_when_that_is_published() {
+    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let woken = Arc::new(Woken::default());
+    let mut second = another_door(&first.shared, &first.volume, DoorId(2), woken.clone());
+    let mut io = Io::default();
+    first.request(write(1, 0), &mut io_of_first);
+    first.take_in(&mut io_of_first);
+    second.request(write(2, 4096), &mut io);
+    second.batch_end(&mut io);
+    assert_eq!((io.placed.len(), io.completed.len()), (1, 0), "what is behind a gap is not answered");
+    assert_eq!(woken.0.load(Ordering::Relaxed), 0);
+    first.batch_end(&mut io_of_first);
+    assert_eq!((io_of_first.completed.as_slice(), woken.0.load(Ordering::Relaxed)), (&[1][..], 1));
+    second.woken(&mut io);
+    assert_eq!(io.completed, [2]);
 }
