@@ -287,7 +287,7 @@ def queued():
     return ways
 
 
-def caches(backing_of, mib=320, cache_mib=128):
+def caches(backing_of, mib=320, cache_mib=128, attach=()):
     """Ours and the caches of the kernel, before backings of one kind."""
     for module in ("ublk_drv", "dm-delay", "dm-writecache", "loop"):
         run("modprobe", module)
@@ -299,8 +299,8 @@ def caches(backing_of, mib=320, cache_mib=128):
 
     size = f"{mib - 4}M"
     return rams, {
-        OURS_LOG: Tidegate(cache(), backing_of("log", rams), size, "log"),
-        OURS_MEMORY: Tidegate(cache(), backing_of("memory", rams), size, "memory"),
+        OURS_LOG: Tidegate(cache(), backing_of("log", rams), size, "log", attach),
+        OURS_MEMORY: Tidegate(cache(), backing_of("memory", rams), size, "memory", attach),
         WRITECACHE: Writecache("wc", cache(), backing_of("writecache", rams)),
         BCACHE: Bcache(cache(), backing_of("bcache", rams)),
     }
@@ -406,6 +406,21 @@ def shared():
     return ways
 
 
+def counted():
+    """All on RAM disks. Servers do not look for requests, which would be counted as work."""
+    rams, ways = caches(lambda name, rams: rams.take(), attach=WORK_ONLY)
+    ways |= {KERNEL_LOOP: kernel_loop(rams.take()), RAW: Way(rams.take()), NULL: rublk("null")}
+    ways[LOOP_ZERO] = rublk("loop", "-z", "-f", rams.take())
+    fill(ways[OURS_MEMORY], 200)
+    return ways
+
+
+def counted_files():
+    """The same with a file system on each."""
+    rams, ways = caches(lambda name, rams: rams.take(), attach=WORK_ONLY)
+    return with_files("ext4", ways | {CEILING: Way(rams.take())})
+
+
 def ext4():
     return formatted("ext4")
 
@@ -418,6 +433,11 @@ def formatted(kind):
     """Slow backings as above, and a RAM disk, with a file system on each."""
     ways = slowed()
     ways[CEILING] = ways.pop(RAW)
+    return with_files(kind, ways)
+
+
+def with_files(kind, ways):
+    """A file system on each, mounted."""
     for n, way in enumerate(ways.values()):
         quick = ["-E", "lazy_itable_init=0,lazy_journal_init=0"] if kind == "ext4" else []
         run(f"mkfs.{kind}", "-q", *(["-F"] if kind == "ext4" else ["-f"]), *quick, way.path)

@@ -21,6 +21,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Stand:
+    """`counted`: the test machine tells time in instructions."""
+
     name: str
     make: object
     scenarios: tuple
@@ -28,6 +30,7 @@ class Stand:
     cpus: int = 2
     rounds_max: int = 99
     seconds_max: float = 3600
+    counted: bool = False
 
 
 NULLS = (d.OURS_MEMORY, d.NULL)
@@ -63,6 +66,22 @@ MATRIX = tuple(
 )
 
 SYNC = ("--fsync=1",)
+
+COUNTED = (
+    Scenario("instructions: 4K randwrite qd32", w.Instructions(Fio("randwrite", depth=32)), NULLS),
+    Scenario("instructions: 4K randwrite qd1", w.Instructions(Fio("randwrite")), NULLS),
+    Scenario("instructions: 4K randread qd32, flushed", w.Instructions(Fio("randread", depth=32)), (d.OURS_MEMORY, d.LOOP_ZERO)),
+    Scenario("instructions: 1M sequential write qd8", w.Instructions(Fio("write", "1M", 8)), (d.OURS_MEMORY, d.LOOP_ZERO)),
+    Scenario("instructions: 4K write+fsync qd1", w.Instructions(Fio("randwrite", options=SYNC, calls=True)),
+             (*CACHES, d.KERNEL_LOOP, d.RAW)),
+    Scenario("instructions: 4K write+fsync, 8 jobs", w.Instructions(Fio("randwrite", jobs=8, options=SYNC, calls=True)),
+             (*CACHES, d.KERNEL_LOOP, d.RAW)),
+)
+
+COUNTED_APPLICATIONS = (
+    Scenario("instructions: SQLite, WAL, synchronous=FULL, ext4", w.Instructions(w.sqlite_rows), (*CACHES, d.CEILING)),
+    Scenario("instructions: pgbench, 1 client, ext4", w.Instructions(w.Pgbench(1)), (*CACHES, d.CEILING)),
+)
 
 STANDS = (
     Stand("fast", d.fast, KERNEL),
@@ -106,6 +125,9 @@ STANDS = (
     Stand("volumes", d.shared, (
         Scenario("4K randwrite qd8 on a stage with others", Fio("randwrite", depth=8, size="128M", cost=True), (d.MANY, d.ONE)),
     )),
+    Stand("instructions", d.counted, COUNTED, cpus=1, rounds_max=3, seconds_max=0.5, counted=True),
+    Stand("instructions of applications", d.counted_files, COUNTED_APPLICATIONS, cpus=1, rounds_max=3, seconds_max=0.5,
+          counted=True),
     *(
         Stand(make.__name__, make, (
             Scenario(f"SQLite, WAL, synchronous=FULL, {make.__name__}, slow backing", w.sqlite_rows, APPLICATIONS),

@@ -60,6 +60,29 @@ class Fio:
         return notes
 
 
+class Instructions:
+    """What the whole machine executes for one of what `work` counts, whoever does it: program, kernel, server. The test machine's
+    time is told in instructions there, and has one processor, so what is not idle time is work."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def __call__(self, way, seconds):
+        prepare = getattr(self.work, "prepare", None)
+        if prepare:
+            prepare(way)
+        before, started = idle_ns(), time.monotonic_ns()
+        (_, _, rate), *_ = self.work(way, seconds)
+        idle = (idle_ns() - before) / (time.monotonic_ns() - started)
+        return [("-instructions", "each", 1e9 / rate * (1 - idle))]
+
+
+def idle_ns():
+    """How long the one processor had nothing to do."""
+    with open("/proc/uptime", encoding="ascii") as file:
+        return int(float(file.read().split()[1]) * 1e9)
+
+
 def costs(way, seconds):
     """What every byte costs here, to be compared with what it costs natively."""
     del way, seconds
@@ -168,15 +191,16 @@ class Pgbench:
         self.clients = clients
 
     def __call__(self, way, seconds):
-        if not hasattr(way, "port"):
-            self.start(way)
+        self.prepare(way)
         seconds = max(1, round(seconds))
         out = as_postgres("pgbench", "-h", "/tmp", "-p", str(way.port), "-n", "-c", str(self.clients), "-j", "1",
                           "-T", str(seconds), "bench")
         rate = next(float(line.split()[2]) for line in out.splitlines() if line.startswith("tps ="))
         return [("rate", "transactions/s", rate)]
 
-    def start(self, way):
+    def prepare(self, way):
+        if hasattr(way, "port"):
+            return
         if Pgbench.model is None:
             Pgbench.model = new_database()
         place = f"{way.folder}/pg"
