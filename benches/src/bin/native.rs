@@ -200,7 +200,8 @@ fn bound(bytes: usize, target: &mut [u8]) -> f64 {
 /// been written to all over before, so that its memory exists, and is empty when a run begins. And the bound of one core, in
 /// turn with it.
 fn ingest(place: &Place, bytes: usize, runs: usize, doors: u64) -> Result<(Vec<f64>, Vec<f64>)> {
-    let count: u64 = if bytes < 1024 { 400_000 } else { 100_000 };
+    // Of large records what the stage has room for without being flushed.
+    let count: u64 = if bytes < 1024 { 400_000 } else { 400_000_000 / bytes as u64 };
     let engine = place.open(None)?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let large = 64 << 10;
