@@ -104,7 +104,7 @@ pub fn open(
     superblock.volumes.retain(|v| Some(v.id) != environment.forget);
     let mut report =
         RecoveryReport { clean: superblock.state == StageState::Clean, ..RecoveryReport::default() };
-    let mut staged = Staged::new(superblock.volumes.iter().map(|v| v.id));
+    let mut staged = Staged::new(superblock.volumes.iter().map(|v| (v.id, v.size_bytes)));
 
     let mut log = scan(stage, &superblock, &mut |found| {
         report.records_from_log += 1;

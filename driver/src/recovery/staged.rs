@@ -10,7 +10,8 @@ use super::scan::Found;
 use crate::base::VolumeId;
 use crate::base::mutation::carried;
 use crate::stage::core::{payload_offset, source_of};
-use crate::stage::index::{Bulk, Extent, Index, Sorted};
+use crate::stage::index::{Bulk, Extent, Sorted};
+use crate::stage::volume_index::VolumeIndex;
 
 /// Extents that are gathered, of all volumes, before they are handed on: 1.3 MiB.
 const PIECE: usize = 32 << 10;
@@ -41,18 +42,20 @@ type BuilderThread = (SyncSender<Piece>, JoinHandle<AllSorted>);
 
 #[derive(Debug, Default)]
 struct Gathered {
+    volume_bytes: u64,
     extents: Vec<Extent>,
     is_staged: bool,
 }
 
 impl Staged {
-    /// Nothing staged of these volumes.
-    pub fn new(volumes: impl Iterator<Item = VolumeId>) -> Staged {
+    /// Nothing staged of these volumes, which have so many bytes.
+    pub fn new(volumes: impl Iterator<Item = (VolumeId, u64)>) -> Staged {
         Staged::in_pieces(volumes, PIECE)
     }
 
-    fn in_pieces(volumes: impl Iterator<Item = VolumeId>, piece: usize) -> Staged {
-        let volumes = volumes.map(|volume| (volume, Gathered::default())).collect();
+    fn in_pieces(volumes: impl Iterator<Item = (VolumeId, u64)>, piece: usize) -> Staged {
+        let nothing = |volume_bytes| Gathered { volume_bytes, ..Gathered::default() };
+        let volumes = volumes.map(|(volume, volume_bytes)| (volume, nothing(volume_bytes))).collect();
         Staged { volumes, piece, gathered: 0, thread: None, builder: Builder::default() }
     }
 
@@ -94,7 +97,8 @@ impl Staged {
 
     /// Goes on with the indexes of every record that was taken, which are there when they are asked for.
     pub fn finish(mut self) -> Building {
-        let volumes: Vec<VolumeId> = self.volumes.keys().copied().collect();
+        let volumes =
+            self.volumes.iter().map(|(volume, gathered)| (*volume, gathered.volume_bytes)).collect();
         let pieces = self.volumes.into_iter().map(|(volume, gathered)| (volume, gathered.extents));
         let Some((sender, thread)) = self.thread.flatten() else {
             pieces.for_each(|piece| self.builder.add(piece));
@@ -109,20 +113,23 @@ impl Staged {
 /// Indexes that are being finished.
 #[derive(Debug)]
 pub(super) struct Building {
-    volumes: Vec<VolumeId>,
+    volumes: Vec<(VolumeId, u64)>,
     sorted: AllSorted,
     thread: Option<JoinHandle<AllSorted>>,
 }
 
 impl Building {
     /// The indexes, one a volume.
-    pub fn wait(self) -> BTreeMap<VolumeId, Index> {
+    pub fn wait(self) -> BTreeMap<VolumeId, VolumeIndex> {
         let mut sorted = match self.thread {
             Some(thread) => thread.join().expect("the builder's thread"),
             None => self.sorted,
         };
-        let index = |volume| (volume, sorted.remove(&volume).map(Index::from).unwrap_or_default());
-        self.volumes.into_iter().map(index).collect()
+        let mut index = |(volume, volume_bytes)| {
+            let staged = sorted.remove(&volume).unwrap_or_default();
+            (volume, VolumeIndex::of(volume, volume_bytes, staged))
+        };
+        self.volumes.into_iter().map(&mut index).collect()
     }
 }
 
@@ -165,6 +172,7 @@ mod tests {
     use super::*;
     use crate::base::{ByteRange, Lsn, RegionSeq};
     use crate::format::record::RecordKind;
+    use crate::stage::index::Index;
 
     /// Records that overwrite each other, of two volumes and one that is not known.
     fn found() -> impl Iterator<Item = Found> {
@@ -180,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_thread_builds_what_is_built_without_it() {
-        let volumes = || [1, 2].map(VolumeId).into_iter();
+        let volumes = || [1, 2].map(|id| (VolumeId(id), 1 << 20)).into_iter();
         let build = |piece: usize| {
             let mut staged = Staged::in_pieces(volumes(), piece);
             assert!(!staged.has(VolumeId(1)));
@@ -190,7 +198,7 @@ mod tests {
             staged.finish().wait()
         };
         let mut expected: BTreeMap<VolumeId, Index> =
-            volumes().map(|volume| (volume, Index::new())).collect();
+            volumes().map(|(volume, _)| (volume, Index::new())).collect();
         for found in found() {
             let source = source_of(found.kind, found.region, payload_offset(found.record_offset));
             if let (Some(index), Some(source)) = (expected.get_mut(&found.volume), source) {
@@ -201,7 +209,10 @@ mod tests {
             let built = build(piece);
             assert!(built.keys().eq(expected.keys()));
             for (volume, index) in built {
-                assert!(index.iter().eq(expected[&volume].iter()), "volume {volume}, pieces of {piece}");
+                assert!(
+                    index.extents().into_iter().eq(expected[&volume].iter()),
+                    "volume {volume}, pieces of {piece}"
+                );
             }
         }
     }

@@ -6,17 +6,17 @@
 //!
 //! Life of a write:
 //! ```text
-//!  claim ──▶ Slot (LSN fixed) ──▶ filled by its holder ──▶ publish ──▶ prefix advances ──▶ index, memory ack
-//!    │ full                                                               │
-//!    ▼                                                                    ▼
-//!  waits, in order ──▶ Outcome::Claimed                       group written ──▶ durable ──▶ log ack, flush ack
+//!  claim ──▶ Slot (LSN fixed) ──▶ filled and indexed by its holder ──▶ publish ──▶ prefix advances ──▶ memory ack
+//!    │ full                                                                         │
+//!    ▼                                                                              ▼
+//!  waits, in order ──▶ Outcome::Claimed                                 group written ──▶ durable ──▶ log ack, flush ack
 //! ```
 //!
 //! Invariants (asserted here or in the parts):
 //! - C1 an acknowledgement is given only for records in the published prefix, and one that promises durability only for
 //!   records at or below the durable LSN;
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
-//! - C3 the index holds a byte's newest record above the checkpoint; below it the backing holds it;
+//! - C3 the index (see `volume_index.rs`) holds a byte's newest record above the checkpoint; below it the backing holds it;
 //! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
 //! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
 
@@ -25,15 +25,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::commit::Committer;
-use super::index::{Extent, Index, Source};
+use super::index::Source;
 pub use super::outcome::{Ack, Claim, DoorId, Outcome};
 use super::pacing::Pacing;
 use super::ring::{Ring, Slot};
+use super::volume_index::{EXTENTS_A_RECORD_MAX, Indexed, VolumeIndex};
 use super::window::Window;
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
-use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
-use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
+use crate::base::{Lsn, RegionSeq, VolumeId};
+use crate::format::record::{RECORD_HEADER_BYTES, RecordKind};
 use crate::format::volume_entry::OnLogError;
 use crate::io::Errno;
 
@@ -43,9 +44,8 @@ const LAZY_GROUP_BYTES: u32 = 256 << 10;
 /// What a publisher tells of a record.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Published {
-    record: Record,
-    region: RegionSeq,
-    payload_offset: u32,
+    payload_bytes: u32,
+    lsn: Lsn,
     ack: Option<Ack>,
 }
 
@@ -110,8 +110,9 @@ pub struct Core {
     pub(super) ring: Ring,
     window: Window<Published>,
     pub(super) committer: Committer,
-    pub(super) indexes: BTreeMap<VolumeId, Index>,
-    pub(super) extent_count: usize,
+    pub(super) indexes: BTreeMap<VolumeId, Arc<VolumeIndex>>,
+    /// Of all indexes, as far as it was told (X4).
+    extent_count: isize,
     pub(super) checkpoint: Lsn,
     /// The region where the durable checkpoint lets the log begin: what it names stays, or the next recovery would look for
     /// it in vain.
@@ -144,7 +145,7 @@ pub struct CoreStart {
     /// Everything up to here is on the backings.
     pub checkpoint: Lsn,
     /// One index per volume.
-    pub indexes: BTreeMap<VolumeId, Index>,
+    pub indexes: BTreeMap<VolumeId, VolumeIndex>,
     /// Whether the memory of all slots exists; otherwise only the open region's does.
     pub allocated: bool,
 }
@@ -165,8 +166,8 @@ impl Core {
             allocated,
             window: Window::new(next),
             committer: Committer::new(start.durable),
-            extent_count: start.indexes.values().map(Index::extent_count).sum(),
-            indexes: start.indexes,
+            extent_count: start.indexes.values().map(VolumeIndex::extent_count).sum::<usize>() as isize,
+            indexes: start.indexes.into_iter().map(|(volume, index)| (volume, Arc::new(index))).collect(),
             checkpoint: start.checkpoint,
             head,
             durable_waits: VecDeque::new(),
@@ -220,8 +221,7 @@ impl Core {
     }
 
     fn try_claim(&mut self, payload_bytes: u32) -> Option<Slot> {
-        // Each record adds at most two extents: itself and a split of another.
-        let extents = self.extent_count + 2 * (self.window.len() + 1);
+        let extents = self.extent_count() + EXTENTS_A_RECORD_MAX * (self.window.len() + 1);
         if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX || self.is_held_back() {
             return None;
         }
@@ -265,22 +265,18 @@ impl Core {
         }
     }
 
-    /// Says that changes of `ranges` will be published soon.
-    pub fn expect(&self, volume: VolumeId, ranges: impl Iterator<Item = ByteRange>) {
-        if let Some(index) = self.indexes.get(&volume) {
-            ranges.for_each(|range| index.expect(range));
-        }
+    /// The index of a volume that exists.
+    #[must_use]
+    pub fn index(&self, volume: VolumeId) -> Option<Arc<VolumeIndex>> {
+        self.indexes.get(&volume).cloned()
     }
 
-    /// Takes over a filled place. `record` is what its header says.
-    pub fn publish(&mut self, slot: Slot, record: Record, ack: Option<Ack>) {
-        assert!(
-            record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(),
-            "the slot's record"
-        );
-        let published =
-            Published { record, region: slot.region(), payload_offset: slot.payload_offset(), ack };
-        self.window.published(slot.lsn(), published);
+    /// Takes over a filled place.
+    pub fn publish(&mut self, indexed: Indexed, ack: Option<Ack>) {
+        let Indexed { slot, record, grown } = indexed;
+        self.grown(grown);
+        let lsn = slot.lsn();
+        self.window.published(lsn, Published { payload_bytes: record.payload_bytes, lsn, ack });
         while let Some(published) = self.window.advance() {
             self.accept(published);
         }
@@ -293,18 +289,11 @@ impl Core {
     }
 
     fn accept(&mut self, published: Published) {
-        let Published { record, region, payload_offset, ack } = published;
+        let Published { payload_bytes, lsn, ack } = published;
         self.counters.records += 1;
-        self.counters.record_bytes += u64::from(record.payload_bytes);
-        if let Some(source) = source_of(record.kind, region, payload_offset)
-            && let Some(index) = self.indexes.get_mut(&record.volume)
-        {
-            let before = index.extent_count();
-            index.insert(Extent { range: record.range, lsn: record.lsn, source });
-            self.extent_count = self.extent_count + index.extent_count() - before;
-        }
+        self.counters.record_bytes += u64::from(payload_bytes);
         match ack {
-            Some(ack) if ack.durable => self.durable_waits.push_back(DurableWait { lsn: record.lsn, ack }),
+            Some(ack) if ack.durable => self.durable_waits.push_back(DurableWait { lsn, ack }),
             Some(ack) => {
                 self.outcomes.push(Outcome::Complete { door: ack.door, tag: ack.tag, result: Ok(()) });
             }
@@ -518,10 +507,15 @@ impl Core {
         full * u64::from(geometry.region_bytes) + u64::from(self.ring.cursor())
     }
 
-    /// Extents in all indexes.
+    /// Extents in all indexes, but for those of changes that are not published yet.
     #[must_use]
     pub fn extent_count(&self) -> usize {
-        self.extent_count
+        self.extent_count.max(0).unsigned_abs()
+    }
+
+    /// The indexes have so many extents more.
+    pub(super) fn grown(&mut self, by: isize) {
+        self.extent_count += by;
     }
 
     /// Whether damage was found.

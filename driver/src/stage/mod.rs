@@ -8,6 +8,7 @@ mod outcome;
 mod pacing;
 pub mod ring;
 pub mod serve;
+pub mod volume_index;
 pub mod walk;
 pub mod window;
 

@@ -1,12 +1,15 @@
 //! The other half of the core: reads, regions coming and going, flush epochs. See `core.rs` for the rules.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use super::arena::Arena;
 use super::core::{Core, DoorId, Outcome};
-use super::index::{Index, Source};
+use super::index::Source;
 use super::pacing::Fill;
 use super::ring::{RegionState, TableState};
+use super::volume_index::VolumeIndex;
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
@@ -32,6 +35,18 @@ pub enum ReadSource {
     Zero,
     /// From the backing.
     Backing,
+}
+
+impl ReadSource {
+    /// Whether it goes on where `last`, the piece before it, ends.
+    fn follows(self, last: &ReadPiece) -> bool {
+        match (last.source, self) {
+            (ReadSource::Stage { region, offset }, ReadSource::Stage { region: next, offset: at }) => {
+                region == next && u64::from(offset) + last.range.len() == u64::from(at)
+            }
+            (before, next) => before == next,
+        }
+    }
 }
 
 /// A part of a read.
@@ -73,7 +88,7 @@ impl Core {
             pieces.push(ReadPiece { range, source: ReadSource::Backing });
             return true;
         };
-        for piece in index.lookup(range) {
+        let found = index.lookup(range, |piece| {
             let source = match piece.hit {
                 None => ReadSource::Backing,
                 Some((_, Source::Discard)) if is(Mutation::DiscardReadsTheBacking) => ReadSource::Backing,
@@ -81,19 +96,21 @@ impl Core {
                 Some((_, Source::Zero | Source::Discard)) => ReadSource::Zero,
                 Some((_, Source::Data { region, offset })) => {
                     if !self.ring.region(region).is_some_and(|r| r.resident) {
-                        self.cold_reads.push((region, door, tag));
-                        self.kick();
-                        return false;
+                        return ControlFlow::Break(region);
                     }
                     ReadSource::Stage { region, offset }
                 }
             };
             match pieces.last_mut() {
-                Some(last) if last.source == source && !matches!(source, ReadSource::Stage { .. }) => {
-                    last.range.end = piece.range.end;
-                }
+                Some(last) if source.follows(last) => last.range.end = piece.range.end,
                 _ => pieces.push(ReadPiece { range: piece.range, source }),
             }
+            ControlFlow::Continue(())
+        });
+        if let ControlFlow::Break(region) = found {
+            self.cold_reads.push((region, door, tag));
+            self.kick();
+            return false;
         }
         for piece in pieces.iter() {
             if let ReadSource::Stage { region, .. } = piece.source {
@@ -262,7 +279,7 @@ impl Core {
     pub fn above_high_mark(&self) -> bool {
         self.ring.regions().len() as u32 > self.high_regions
             || self.waiting() > 0
-            || self.extent_count > INDEX_EXTENTS_MAX / 2
+            || self.extent_count() > INDEX_EXTENTS_MAX / 2
     }
 
     /// The next epoch: whole durable regions from the oldest on, as many as have [`EPOCH_RECORDS_MAX`] records together but at
@@ -312,24 +329,11 @@ impl Core {
         self.ring.head_after(checkpoint)
     }
 
-    /// The checkpoint at `to`, with the log beginning at region `head`, is durable: forget what it covers. `ranges` are the
-    /// bytes that the epoch wrote.
-    pub fn checkpointed(
-        &mut self,
-        arena: &Arena,
-        to: Lsn,
-        head: RegionSeq,
-        ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
-    ) {
+    /// The checkpoint at `to`, with the log beginning at region `head`, is durable, and the indexes have forgotten what it
+    /// covers, by which they grew by `grown` extents.
+    pub fn checkpointed(&mut self, arena: &Arena, to: Lsn, head: RegionSeq, grown: isize) {
         assert!(to > self.checkpoint && to <= self.durable(), "C2");
-        for (volume, range) in ranges {
-            if let Some(index) = self.indexes.get_mut(&volume) {
-                let before = index.extent_count();
-                let to = if is(Mutation::FlushForgetsNewerRecords) { Lsn(u64::MAX) } else { to };
-                index.remove_flushed(range, to);
-                self.extent_count = self.extent_count + index.extent_count() - before;
-            }
-        }
+        self.grown(grown);
         self.checkpoint = to;
         self.head = head;
         self.reclaim(arena);
@@ -341,7 +345,7 @@ impl Core {
         let checkpoint = self.checkpoint;
         let head = self.head;
         self.ring.reclaim(checkpoint, |region| {
-            debug_assert!(indexes.values().all(|i| !refers_to(i, region.start.seq)), "C3");
+            debug_assert!(indexes.values().all(|i| !i.refers_to(region.start.seq)), "C3");
             (region.start.seq < head
                 || is(Mutation::ReclaimBeforeTheDurableHead)
                 || is(Mutation::ReclaimAboveTheCheckpoint))
@@ -357,15 +361,15 @@ impl Core {
         oldest.start.seq < self.head && oldest.last_lsn() <= self.checkpoint
     }
 
-    /// Begins to index a volume.
-    pub fn add_volume(&mut self, volume: VolumeId) {
-        self.indexes.entry(volume).or_default();
+    /// Begins to index a volume of `volume_bytes`.
+    pub fn add_volume(&mut self, volume: VolumeId, volume_bytes: u64) {
+        self.indexes.entry(volume).or_insert_with(|| Arc::new(VolumeIndex::new(volume, volume_bytes)));
     }
 
-    /// Ends indexing a volume; its records must be flushed.
+    /// Ends indexing a volume; its records must be flushed, and it has no door.
     pub fn remove_volume(&mut self, volume: VolumeId) {
         if let Some(index) = self.indexes.remove(&volume) {
-            self.extent_count -= index.extent_count();
+            assert!(index.is_empty(), "X4: a volume is removed when nothing of it is staged");
         }
     }
 
@@ -376,6 +380,20 @@ impl Core {
     }
 }
 
-fn refers_to(index: &Index, seq: RegionSeq) -> bool {
-    index.iter().any(|e| matches!(e.source, Source::Data { region, .. } if region == seq))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record that reaches over a border of shards is copied out in one piece.
+    #[test]
+    fn payload_goes_on_within_a_record_only() {
+        let stage = |region, offset| ReadSource::Stage { region: RegionSeq(region), offset };
+        let last = |source| ReadPiece { range: ByteRange::at(512, 1024), source };
+        assert!(stage(1, 5120).follows(&last(stage(1, 4096))));
+        for other in [stage(1, 5184), stage(1, 4096), stage(2, 5120), ReadSource::Zero, ReadSource::Backing] {
+            assert!(!other.follows(&last(stage(1, 4096))), "{other:?}");
+        }
+        assert!(ReadSource::Zero.follows(&last(ReadSource::Zero)));
+        assert!(!ReadSource::Zero.follows(&last(ReadSource::Backing)));
+    }
 }

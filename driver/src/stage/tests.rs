@@ -8,6 +8,7 @@ use shuttle::rand::Rng;
 use super::commit::Committer;
 use super::core::{Ack, Claim, Core, CoreStart, DoorId, Outcome};
 use super::ring::{ClosedGroup, Ring, Slot};
+use super::volume_index::VolumeIndex;
 use super::window::Window;
 use crate::base::limits::GROUPS_IN_FLIGHT_MAX;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
@@ -148,7 +149,7 @@ fn core() -> Core {
         ring: Ring::empty(geometry(512), start()),
         durable: Lsn::ZERO,
         checkpoint: Lsn::ZERO,
-        indexes: BTreeMap::from([(VolumeId(1), Default::default())]),
+        indexes: BTreeMap::from([(VolumeId(1), VolumeIndex::new(VolumeId(1), 1 << 20))]),
         allocated: true,
     })
 }
@@ -166,6 +167,13 @@ fn record(slot: &Slot) -> Record {
     }
 }
 
+/// Indexes what `slot` holds, and publishes it.
+fn publish(core: &mut Core, slot: Slot, ack: Option<Ack>) {
+    let record = record(&slot);
+    let indexed = core.index(VolumeId(1)).unwrap().index(slot, record);
+    core.publish(indexed, ack);
+}
+
 const DOORS: u32 = 3;
 const WRITES: u32 = 4;
 
@@ -178,7 +186,9 @@ fn claim_fill_publish_commit_under_every_schedule() {
     use shuttle::sync::{Arc, Mutex};
     shuttle::check_random(
         || {
-            let core = Arc::new(Mutex::new(core()));
+            let core = core();
+            let index = core.index(VolumeId(1)).unwrap();
+            let core = Arc::new(Mutex::new(core));
             let filled: Arc<Vec<AtomicBool>> =
                 Arc::new((0..=DOORS * WRITES).map(|_| AtomicBool::new(false)).collect());
             let written: Arc<Vec<AtomicBool>> =
@@ -190,6 +200,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                 .map(|door| {
                     let (core, filled) = (core.clone(), filled.clone());
                     let (written, lsns, acks) = (written.clone(), lsns.clone(), acks.clone());
+                    let index = index.clone();
                     shuttle::thread::spawn(move || {
                         for tag in 0..WRITES {
                             let payload = shuttle::rand::thread_rng().gen_range(0..3000);
@@ -205,7 +216,8 @@ fn claim_fill_publish_commit_under_every_schedule() {
                                 on_log_error: OnLogError::Stall,
                             };
                             let record = record(&slot);
-                            core.lock().unwrap().publish(slot, record, Some(ack));
+                            let indexed = index.index(slot, record);
+                            core.lock().unwrap().publish(indexed, Some(ack));
                             core.lock().unwrap().pump_commit(0);
                             carry_out(&core, (&filled, &written, &lsns), &acks);
                         }
@@ -270,8 +282,7 @@ fn a_failed_log_write_acknowledges_nothing_until_its_retry_succeeds() {
     let ack = |tag, on_log_error| Ack { door: DoorId(1), tag, durable: true, on_log_error };
     for (tag, policy) in [(0, OnLogError::Stall), (1, OnLogError::Fail)] {
         let Claim::Slot(slot) = core.claim(DoorId(1), tag, 100, policy) else { panic!("there is room") };
-        let record = record(&slot);
-        core.publish(slot, record, Some(ack(tag, policy)));
+        publish(&mut core, slot, Some(ack(tag, policy)));
     }
     core.pump_commit(0);
     let mut outcomes = Vec::new();
@@ -327,8 +338,7 @@ fn writers_are_paced_by_the_epoch_and_not_beyond_it() {
     let claim = |core: &mut Core, tag: u32| core.claim(DoorId(1), tag, 4000, OnLogError::Stall);
     while core.ring().regions().len() < 5 {
         let Claim::Slot(slot) = claim(&mut core, tag) else { panic!("there is room") };
-        let record = record(&slot);
-        core.publish(slot, record, None);
+        publish(&mut core, slot, None);
         core.request_commit();
         core.pump_commit(0);
         core.take_outcomes(&mut outcomes);
@@ -366,9 +376,8 @@ fn a_failed_group_does_not_fail_the_one_before_it() {
         let Claim::Slot(slot) = core.claim(DoorId(1), tag, 100, OnLogError::Fail) else {
             panic!("there is room")
         };
-        let record = record(&slot);
         let ack = Ack { door: DoorId(1), tag, durable: true, on_log_error: OnLogError::Fail };
-        core.publish(slot, record, Some(ack));
+        publish(&mut core, slot, Some(ack));
         core.pump_commit(now_ns);
         core.take_outcomes(&mut outcomes);
         groups.extend(

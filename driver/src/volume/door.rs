@@ -28,6 +28,7 @@ use crate::format::volume_entry::{AckLevel, OnLogError};
 use crate::io::{AlignedBuf, Done, Errno};
 use crate::stage::core::{Ack, Core, DoorId, Outcome};
 use crate::stage::serve::ReadPiece;
+use crate::stage::volume_index::VolumeIndex;
 
 /// What all doors of a volume share.
 #[derive(Debug)]
@@ -103,6 +104,7 @@ pub struct VolumeDoor {
     volume: Arc<VolumeShared>,
     id: DoorId,
     mailbox: Arc<Mailbox>,
+    index: Arc<VolumeIndex>,
     jobs: Vec<Job>,
     /// Log writes of this door in flight.
     log_writes: u32,
@@ -136,11 +138,13 @@ impl VolumeDoor {
         mailbox: Arc<Mailbox>,
     ) -> VolumeDoor {
         volume.doors.fetch_add(1, Ordering::Relaxed);
+        let index = shared.core.lock().index(volume.id).expect("a volume that has doors is indexed");
         VolumeDoor {
             shared,
             volume,
             id,
             mailbox,
+            index,
             jobs: Vec::new(),
             log_writes: 0,
             gather: Gather::default(),
@@ -326,6 +330,7 @@ impl VolumeDoor {
                 Outcome::WriteLog(_) | Outcome::KickBackground => unreachable!("carried out"),
             }
         }
+        self.index_filled();
         self.own = own;
         core_is_asked
     }

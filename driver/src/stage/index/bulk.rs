@@ -96,8 +96,43 @@ impl Bulk {
 
 /// What becomes an index. The last step is one of its own as it is mostly allocation, which is slow in any thread but a
 /// program's first: the C library makes room there page by page, with a system call each.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Sorted(Vec<(u64, Entry)>);
+
+impl Sorted {
+    /// To be taken in parts.
+    #[must_use]
+    pub fn cut(self) -> Cut {
+        Cut { rest: self.0.into_iter(), over: None }
+    }
+}
+
+/// What is sorted, as it is taken, part by part of the volume.
+#[derive(Debug)]
+pub struct Cut {
+    rest: std::vec::IntoIter<(u64, Entry)>,
+    /// What reached over the end of the part before.
+    over: Option<(u64, Entry)>,
+}
+
+impl Cut {
+    /// The index of the next part, which ends before byte `end`.
+    #[must_use]
+    pub fn up_to(&mut self, end: u64) -> Index {
+        let extents = std::iter::from_fn(|| {
+            let (start, entry) = self.over.take().or_else(|| self.rest.next())?;
+            if start >= end {
+                self.over = Some((start, entry));
+                return None;
+            }
+            if entry.end > end {
+                self.over = Some((end, entry.tail(start, end)));
+            }
+            Some((start, Entry { end: entry.end.min(end), ..entry }))
+        });
+        Index { extents: extents.collect() }
+    }
+}
 
 impl From<Sorted> for Index {
     fn from(sorted: Sorted) -> Index {

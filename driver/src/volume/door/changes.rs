@@ -1,7 +1,8 @@
-//! Changes: gathered as they arrive, given their places together, filled, published together.
+//! Changes: gathered as they arrive, given their places together, filled, indexed, published together.
 //! ```text
-//!  arrived ──take_in, core locked──▶ placed ──fill, nothing locked──▶ filled ──publish, core locked──▶ the core's
-//!             (in the order of arrival)          copy, checksum
+//!  arrived ──take_in──▶ placed ────fill───▶ filled ──index_filled──▶ indexed ──publish──▶ the core's
+//!            core locked,     copy, checksum,        a shard of the            core locked
+//!        in order of arrival  nothing locked          index locked
 //! ```
 //! A batch is bounded in number and bytes, since a place that is not published holds up those behind it, other doors' too. What
 //! must see the changes before it (a read, a flush) and the end of a batch take in what has arrived. Places are filled and
@@ -17,6 +18,7 @@ use crate::format::record::{RECORD_HEADER_BYTES, Record, RecordKind};
 use crate::io::Errno;
 use crate::stage::core::{Ack, Claim, Core};
 use crate::stage::ring::Slot;
+use crate::stage::volume_index::Indexed;
 use crate::volume::request::{DoorIo, Request, RequestKind};
 
 /// Most changes that get their places together.
@@ -24,7 +26,7 @@ const BATCH_CHANGES: usize = 8;
 /// A batch ends when it has this much payload.
 const BATCH_BYTES: u64 = 64 << 10;
 
-/// A filled place, to be published.
+/// A filled place, to be indexed and published.
 #[derive(Debug)]
 struct Filled {
     slot: Slot,
@@ -39,6 +41,8 @@ pub(super) struct Changes {
     arrived_bytes: u64,
     claims: Vec<Claim>,
     filled: Vec<Filled>,
+    /// Places to be published.
+    indexed: Vec<(Indexed, Option<Ack>)>,
     /// Changes whose payload could not be had. They are answered once their places are published.
     failed: Vec<(u32, Errno)>,
 }
@@ -51,13 +55,14 @@ impl Changes {
 
     /// Whether nothing is on its way.
     pub(super) fn is_empty(&self) -> bool {
-        self.arrived.is_empty() && self.filled.is_empty() && self.failed.is_empty()
+        self.arrived.is_empty() && self.filled.is_empty() && self.indexed.is_empty() && self.failed.is_empty()
     }
 
-    /// Hands what is filled over to the core.
+    /// Hands what is filled and indexed over to the core.
     pub(super) fn publish(&mut self, core: &mut Core) {
-        for Filled { slot, record, ack } in self.filled.drain(..) {
-            core.publish(slot, record, ack);
+        assert!(self.filled.is_empty(), "X1: what is filled is indexed before it is published");
+        for (indexed, ack) in self.indexed.drain(..) {
+            core.publish(indexed, ack);
         }
     }
 }
@@ -75,7 +80,7 @@ impl VolumeDoor {
         }
     }
 
-    /// Gives what has arrived its places and fills them. They are to be published next.
+    /// Gives what has arrived its places, fills and indexes them. They are to be published next.
     pub(super) fn take_in<IO: DoorIo>(&mut self, io: &mut IO) {
         if self.changes.arrived.is_empty() {
             return;
@@ -89,8 +94,8 @@ impl VolumeDoor {
             let claim =
                 |r: &Request| core.claim(self.id, r.tag, payload_bytes(r) as u32, self.volume.on_log_error);
             claims.extend(arrived.iter().map(claim));
-            core.expect(self.volume.id, arrived.iter().map(|r| ByteRange::at(r.offset, r.len)));
         }
+        arrived.iter().for_each(|r| self.index.expect(ByteRange::at(r.offset, r.len)));
         for (request, claim) in arrived.drain(..).zip(claims.drain(..)) {
             match claim {
                 Claim::Slot(slot) => self.fill(slot, &request, io),
@@ -100,9 +105,16 @@ impl VolumeDoor {
         }
         self.changes.arrived = arrived;
         self.changes.claims = claims;
+        self.index_filled();
     }
 
-    /// Fills the place of a change, which is to be published next.
+    /// Puts what was filled into the volume's index.
+    pub(super) fn index_filled(&mut self) {
+        let indexed = |filled: Filled| (self.index.index(filled.slot, filled.record), filled.ack);
+        self.changes.indexed.extend(self.changes.filled.drain(..).map(indexed));
+    }
+
+    /// Fills the place of a change, which is to be indexed and published next.
     pub(super) fn fill<IO: DoorIo>(&mut self, mut slot: Slot, request: &Request, io: &mut IO) {
         let region = slot.region();
         let lsn = slot.lsn();

@@ -69,7 +69,7 @@ impl Engine {
         let (reply, answer) = channel();
         self.post(Control::AddTarget(info.id, target, backing.clone(), reply))?;
         answer.recv().map_err(|_| Error::new(ErrorKind::Io, "the engine is closed"))??;
-        self.shared.core.lock().add_volume(info.id);
+        self.shared.core.lock().add_volume(info.id, info.size_bytes);
         self.volumes.write().insert(info.id, Volume::new(info.clone(), backing));
         Ok(())
     }

@@ -1,0 +1,187 @@
+//! The index of a volume in shards, each behind a lock of its own, so that doors index what they have filled without holding
+//! the core.
+//!
+//! Each shard has a sixteenth of the volume, one behind the other; an extent that reaches over a border is cut there. What
+//! grows at a volume's end later belongs to the last shard.
+//!
+//! Invariants:
+//! - X1 a record that is published is indexed. [`Core::publish`] takes nothing but an [`Indexed`] place, and only
+//!   [`VolumeIndex::index`] makes those;
+//! - X2 so whatever is flushed was indexed before, and nothing comes behind a [`VolumeIndex::remove_flushed`] that it should
+//!   have removed. This is the order that [`Index`] wants;
+//! - X3 whoever holds a shard locks nothing else. A shard may be locked with the core held;
+//! - X4 what a shard grew by is told to the core exactly once, with the publishing or at the checkpoint. Doors and flusher tell
+//!   it at different times, so the sum of what was told may be off by what is under way, and below zero.
+//!
+//! Reads may see a record before it is published. Nobody was told that it is there, and whoever acts on it writes records with
+//! higher LSNs, which a crash keeps only with it (P1).
+//!
+//! [`Core::publish`]: super::core::Core::publish
+
+#[cfg(test)]
+mod tests;
+
+use std::ops::ControlFlow;
+
+use parking_lot::Mutex;
+
+use super::core::source_of;
+use super::index::{Extent, Index, Piece, Sorted, Source};
+use super::ring::Slot;
+use crate::base::mutation::{Mutation, is};
+use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
+use crate::format::record::Record;
+
+/// Shards of a volume.
+const SHARDS: usize = 16;
+/// A shard is not smaller than this, so that hardly a write is cut.
+const SHARD_BYTES_MIN: u64 = 16 << 20;
+
+/// Most extents that one record can add to the indexes, taken over all records: one that begins with it, one that begins where
+/// it ends, and one that begins at each border.
+pub const EXTENTS_A_RECORD_MAX: usize = SHARDS + 1;
+
+/// On cache lines of its own: neighbours belong to other processors.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Shard(Mutex<Index>);
+
+/// The newest staged bytes of one volume.
+#[derive(Debug)]
+pub struct VolumeIndex {
+    volume: VolumeId,
+    /// A shard has two to the power of so many bytes.
+    shift: u32,
+    shards: [Shard; SHARDS],
+}
+
+/// A filled place whose record is in the index of its volume.
+#[derive(Debug)]
+#[must_use = "a place that is not published holds up all behind it"]
+pub struct Indexed {
+    pub(super) slot: Slot,
+    pub(super) record: Record,
+    /// Extents that the index has more, or less.
+    pub(super) grown: isize,
+}
+
+impl VolumeIndex {
+    /// Index of a volume of `volume_bytes` that has nothing staged.
+    #[must_use]
+    pub fn new(volume: VolumeId, volume_bytes: u64) -> VolumeIndex {
+        VolumeIndex::of(volume, volume_bytes, Sorted::default())
+    }
+
+    /// Index of a volume of `volume_bytes` that has `staged`.
+    #[must_use]
+    pub fn of(volume: VolumeId, volume_bytes: u64, staged: Sorted) -> VolumeIndex {
+        let shard_bytes = volume_bytes.div_ceil(SHARDS as u64).next_power_of_two().max(SHARD_BYTES_MIN);
+        let shift = shard_bytes.trailing_zeros();
+        let mut staged = staged.cut();
+        let shards = std::array::from_fn(|shard| {
+            let end = if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << shift };
+            Shard(Mutex::new(staged.up_to(end)))
+        });
+        VolumeIndex { volume, shift, shards }
+    }
+
+    fn shard_of(&self, offset: u64) -> usize {
+        ((offset >> self.shift) as usize).min(SHARDS - 1)
+    }
+
+    /// The parts of `range`, each with the shard that has it, in order.
+    fn parts(&self, range: ByteRange) -> impl Iterator<Item = (&Mutex<Index>, ByteRange)> {
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            let start = at;
+            (start < range.end).then(|| {
+                let shard = self.shard_of(start);
+                at = if shard == SHARDS - 1 {
+                    range.end
+                } else {
+                    range.end.min((shard as u64 + 1) << self.shift)
+                };
+                (&self.shards[shard].0, ByteRange { start, end: at })
+            })
+        })
+    }
+
+    /// Says that changes of `range` will be indexed soon.
+    pub fn expect(&self, range: ByteRange) {
+        // The last one is where the search will end; borders are few.
+        if let Some((shard, part)) = self.parts(range).next() {
+            shard.lock().expect(part);
+        }
+    }
+
+    /// Indexes what the filled place `slot` holds; `record` is what its header says. Reads see it from now on.
+    pub fn index(&self, slot: Slot, record: Record) -> Indexed {
+        assert_eq!(record.volume, self.volume, "a record goes into the index of its volume");
+        assert!(
+            record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(),
+            "the slot's record"
+        );
+        let grown = source_of(record.kind, slot.region(), slot.payload_offset())
+            .map_or(0, |source| self.insert(Extent { range: record.range, lsn: record.lsn, source }));
+        Indexed { slot, record, grown }
+    }
+
+    fn insert(&self, extent: Extent) -> isize {
+        let Extent { range, lsn, source } = extent;
+        let part = |(shard, part): (&Mutex<Index>, ByteRange)| {
+            let source = source.advanced(part.start - range.start);
+            changed(shard, |index| index.insert(Extent { range: part, lsn, source }))
+        };
+        self.parts(range).map(part).sum()
+    }
+
+    /// What is known about `range`: pieces in order that cover it exactly, holes included, until `each` has had enough. What is
+    /// visible of a record is one piece, but for a border in it.
+    pub fn lookup<B>(
+        &self,
+        range: ByteRange,
+        mut each: impl FnMut(Piece) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        self.parts(range).try_for_each(|(shard, part)| shard.lock().lookup(part).try_for_each(&mut each))
+    }
+
+    /// Forgets the parts of extents inside `range` whose LSN is at most `up_to`: the backing holds them now. By how much the
+    /// number of extents grew.
+    pub fn remove_flushed(&self, range: ByteRange, up_to: Lsn) -> isize {
+        let up_to = if is(Mutation::FlushForgetsNewerRecords) { Lsn(u64::MAX) } else { up_to };
+        self.parts(range).map(|(shard, part)| changed(shard, |index| index.remove_flushed(part, up_to))).sum()
+    }
+
+    /// Number of extents.
+    #[must_use]
+    pub fn extent_count(&self) -> usize {
+        self.shards.iter().map(|shard| shard.0.lock().extent_count()).sum()
+    }
+
+    /// Whether nothing is staged.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.shards.iter().all(|shard| shard.0.lock().is_empty())
+    }
+
+    /// Whether payload in region `seq` is visible.
+    #[must_use]
+    pub fn refers_to(&self, seq: RegionSeq) -> bool {
+        let refers = |e: Extent| matches!(e.source, Source::Data { region, .. } if region == seq);
+        self.shards.iter().any(|shard| shard.0.lock().iter().any(refers))
+    }
+
+    /// All extents by offset, as far as they stay the same meanwhile.
+    #[must_use]
+    pub fn extents(&self) -> Vec<Extent> {
+        self.shards.iter().flat_map(|shard| shard.0.lock().iter().collect::<Vec<_>>()).collect()
+    }
+}
+
+/// By how many extents a change lets a shard grow.
+fn changed(shard: &Mutex<Index>, change: impl FnOnce(&mut Index)) -> isize {
+    let mut index = shard.lock();
+    let before = index.extent_count() as isize;
+    change(&mut index);
+    index.extent_count() as isize - before
+}
