@@ -273,10 +273,10 @@ impl Core {
 
     /// Takes over a filled place.
     pub fn publish(&mut self, indexed: Indexed, ack: Option<Ack>) {
-        let Indexed { slot, record, grown } = indexed;
+        let Indexed { slot, grown } = indexed;
         self.grown(grown);
         let lsn = slot.lsn();
-        self.window.published(lsn, Published { payload_bytes: record.payload_bytes, lsn, ack });
+        self.window.published(lsn, Published { payload_bytes: slot.payload_bytes(), lsn, ack });
         while let Some(published) = self.window.advance() {
             self.accept(published);
         }

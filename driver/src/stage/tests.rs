@@ -170,7 +170,7 @@ fn record(slot: &Slot) -> Record {
 /// Indexes what `slot` holds, and publishes it.
 fn publish(core: &mut Core, slot: Slot, ack: Option<Ack>) {
     let record = record(&slot);
-    let indexed = core.index(VolumeId(1)).unwrap().index(slot, record);
+    let indexed = core.index(VolumeId(1)).unwrap().index(slot, &record);
     core.publish(indexed, ack);
 }
 
@@ -216,7 +216,7 @@ fn claim_fill_publish_commit_under_every_schedule() {
                                 on_log_error: OnLogError::Stall,
                             };
                             let record = record(&slot);
-                            let indexed = index.index(slot, record);
+                            let indexed = index.index(slot, &record);
                             core.lock().unwrap().publish(indexed, Some(ack));
                             core.lock().unwrap().pump_commit(0);
                             carry_out(&core, (&filled, &written, &lsns), &acks);

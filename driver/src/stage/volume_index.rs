@@ -60,7 +60,6 @@ pub struct VolumeIndex {
 #[must_use = "a place that is not published holds up all behind it"]
 pub struct Indexed {
     pub(super) slot: Slot,
-    pub(super) record: Record,
     /// Extents that the index has more, or less.
     pub(super) grown: isize,
 }
@@ -115,7 +114,7 @@ impl VolumeIndex {
     }
 
     /// Indexes what the filled place `slot` holds; `record` is what its header says. Reads see it from now on.
-    pub fn index(&self, slot: Slot, record: Record) -> Indexed {
+    pub fn index(&self, slot: Slot, record: &Record) -> Indexed {
         assert_eq!(record.volume, self.volume, "a record goes into the index of its volume");
         assert!(
             record.lsn == slot.lsn() && record.payload_bytes == slot.payload_bytes(),
@@ -123,7 +122,7 @@ impl VolumeIndex {
         );
         let grown = source_of(record.kind, slot.region(), slot.payload_offset())
             .map_or(0, |source| self.insert(Extent { range: record.range, lsn: record.lsn, source }));
-        Indexed { slot, record, grown }
+        Indexed { slot, grown }
     }
 
     fn insert(&self, extent: Extent) -> isize {

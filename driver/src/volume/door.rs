@@ -330,7 +330,6 @@ impl VolumeDoor {
                 Outcome::WriteLog(_) | Outcome::KickBackground => unreachable!("carried out"),
             }
         }
-        self.index_filled();
         self.own = own;
         core_is_asked
     }
