@@ -24,6 +24,7 @@ pub enum Mutation {
     FlushForgetsNewerRecords,
     DiscardReadsTheBacking,
     ReadIgnoresTheStage,
+    ReadsRunAhead,
     // regions
     ReclaimAboveTheCheckpoint,
     ReclaimWhilePinned,
@@ -105,6 +106,7 @@ pub const ALL: &[Mutation] = &[
     Mutation::FlushForgetsNewerRecords,
     Mutation::DiscardReadsTheBacking,
     Mutation::ReadIgnoresTheStage,
+    Mutation::ReadsRunAhead,
     Mutation::ReclaimAboveTheCheckpoint,
     Mutation::ReclaimWhilePinned,
     Mutation::ReclaimBeforeTheDurableHead,

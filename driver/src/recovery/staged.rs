@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_thread_builds_what_is_built_without_it() {
-        let volumes = || [1, 2].map(|id| (VolumeId(id), 1 << 20)).into_iter();
+        let volumes = || [1, 2].map(|id| (VolumeId(id), 1 << 30)).into_iter();
         let build = |piece: usize| {
             let mut staged = Staged::in_pieces(volumes(), piece);
             assert!(!staged.has(VolumeId(1)));

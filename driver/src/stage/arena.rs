@@ -1,7 +1,7 @@
 //! The arena: the regions in memory, in a named shared-memory file that outlives the process (P4).
 //!
 //! Who may touch which bytes:
-//! - the bytes of a claimed place belong to the holder of its [`Slot`] until it publishes; the ring hands out disjoint
+//! - the bytes of a claimed place belong to the holder of its [`Slot`] until it is published; the ring hands out disjoint
 //!   slots and each slot is a value that exists once;
 //! - the headers and padding of a closed group belong to whoever holds the group for writing (one at a time: the
 //!   committer), until the group is durable;

@@ -18,7 +18,9 @@
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
 //! - C3 the index (see `volume_index.rs`) holds a byte's newest record above the checkpoint; below it the backing holds it;
 //! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
-//! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live.
+//! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live;
+//! - C6 what a read finds in the index is published, or it waits until it is. So where it is answered from the stage it shows
+//!   one state of the published prefix, and a flush after it covers what it showed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -121,6 +123,8 @@ pub struct Core {
     published_waits: Vec<(Lsn, DoorId)>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
+    /// Reads that met a record which is not published, and its LSN.
+    pub(super) early_reads: Vec<(Lsn, DoorId, u32)>,
     /// Somebody wants everything up to here durable.
     commit_to: Lsn,
     /// Slots of the arena whose memory exists.
@@ -174,6 +178,7 @@ impl Core {
             published_waits: Vec::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),
+            early_reads: Vec::new(),
             // Records that were found in the arena only go to the log at once.
             commit_to: Lsn(next.0 - 1),
             damaged: false,
@@ -285,6 +290,10 @@ impl Core {
         if !self.published_waits.is_empty() {
             let reached = self.published_waits.extract_if(.., |(lsn, _)| *lsn <= prefix);
             self.outcomes.extend(reached.map(|(_, door)| Outcome::Published { door }));
+        }
+        if !self.early_reads.is_empty() {
+            let reached = self.early_reads.extract_if(.., |(lsn, ..)| *lsn <= prefix);
+            self.outcomes.extend(reached.map(|(_, door, tag)| Outcome::RetryRead { door, tag }));
         }
     }
 
@@ -507,7 +516,8 @@ impl Core {
         full * u64::from(geometry.region_bytes) + u64::from(self.ring.cursor())
     }
 
-    /// Extents in all indexes, but for those of changes that are not published yet.
+    /// Extents in all indexes, as far as was told: what is indexed and not published yet is missing, what the flusher is
+    /// about to forget may be there.
     #[must_use]
     pub fn extent_count(&self) -> usize {
         self.extent_count.max(0).unsigned_abs()

@@ -16,8 +16,8 @@
 //! 60 bytes after random inserts, 42 after ascending or descending ones, and 120 in the worst order that is known.
 //! What is left after removals has about 105 at most.
 //! `n` inserts and removals leave at most `2n - 1` extents, whatever their order, because an extent begins and ends
-//! where one of them did. An insert in LSN order adds at most two, a late one at most one more per newer extent that
-//! it meets, a removal at most one.
+//! where one of them did. (A volume has several such indexes, and what crosses their borders is cut.) An insert in LSN
+//! order adds at most two, a late one at most one more per newer extent that it meets, a removal at most one.
 
 use std::iter::FusedIterator;
 
@@ -209,6 +209,13 @@ impl Index {
         if !range.is_empty() {
             self.cut(range, up_to);
         }
+    }
+
+    /// Where the part of `range` ends that has no more than `most` extents behind one that reaches into it.
+    #[must_use]
+    pub fn reach(&self, range: ByteRange, most: usize) -> u64 {
+        let mut ahead = self.extents.entries(self.extents.before(range.start), range.end);
+        ahead.nth(most).map_or(range.end, |(start, _)| start)
     }
 
     /// Number of extents.

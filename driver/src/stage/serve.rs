@@ -9,7 +9,7 @@ use super::core::{Core, DoorId, Outcome};
 use super::index::Source;
 use super::pacing::Fill;
 use super::ring::{RegionState, TableState};
-use super::volume_index::VolumeIndex;
+use super::volume_index::{Forgotten, VolumeIndex};
 use crate::base::limits::INDEX_EXTENTS_MAX;
 use crate::base::mutation::{Mutation, is};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
@@ -73,8 +73,8 @@ pub struct Epoch {
 
 impl Core {
     /// Looks up where the bytes of `range` are, as pieces in order. Regions named in them are pinned in `arena` once per
-    /// piece. `false`: a region is not in memory yet; nothing is pinned, and the request is told when it can try
-    /// again.
+    /// piece. `false`: a region is not in memory or a record is not published yet; nothing is pinned, and the request is told
+    /// when it can try again.
     pub fn read(
         &mut self,
         arena: &Arena,
@@ -88,7 +88,9 @@ impl Core {
             pieces.push(ReadPiece { range, source: ReadSource::Backing });
             return true;
         };
+        let mut newest = Lsn::ZERO;
         let found = index.lookup(range, |piece| {
+            newest = newest.max(piece.hit.map_or(Lsn::ZERO, |(lsn, _)| lsn));
             let source = match piece.hit {
                 None => ReadSource::Backing,
                 Some((_, Source::Discard)) if is(Mutation::DiscardReadsTheBacking) => ReadSource::Backing,
@@ -110,6 +112,11 @@ impl Core {
         if let ControlFlow::Break(region) = found {
             self.cold_reads.push((region, door, tag));
             self.kick();
+            return false;
+        }
+        // All that is published was in the index, as a whole, before the core was locked; what is not may be there in part.
+        if newest > self.published() && !is(Mutation::ReadsRunAhead) {
+            self.early_reads.push((newest, door, tag));
             return false;
         }
         for piece in pieces.iter() {
@@ -329,12 +336,12 @@ impl Core {
         self.ring.head_after(checkpoint)
     }
 
-    /// The checkpoint at `to`, with the log beginning at region `head`, is durable, and the indexes have forgotten what it
-    /// covers, by which they grew by `grown` extents.
-    pub fn checkpointed(&mut self, arena: &Arena, to: Lsn, head: RegionSeq, grown: isize) {
-        assert!(to > self.checkpoint && to <= self.durable(), "C2");
+    /// The checkpoint up to which the indexes have forgotten, with the log beginning at region `head`, is durable.
+    pub fn checkpointed(&mut self, arena: &Arena, head: RegionSeq, forgotten: Forgotten) {
+        let Forgotten { up_to, grown } = forgotten;
+        assert!(up_to > self.checkpoint && up_to <= self.durable(), "C2");
         self.grown(grown);
-        self.checkpoint = to;
+        self.checkpoint = up_to;
         self.head = head;
         self.reclaim(arena);
     }

@@ -1,8 +1,8 @@
 //! The index of a volume in shards, each behind a lock of its own, so that doors index what they have filled without holding
 //! the core.
 //!
-//! Each shard has a sixteenth of the volume, one behind the other; an extent that reaches over a border is cut there. What
-//! grows at a volume's end later belongs to the last shard.
+//! A shard has the sixteenth part of the volume or, rounded up to a power of two, more, so that there may be fewer. An extent
+//! that reaches over a border is cut there. What a volume grows by later belongs to the last shard.
 //!
 //! Invariants:
 //! - X1 a record that is published is indexed. [`Core::publish`] takes nothing but an [`Indexed`] place, and only
@@ -13,15 +13,18 @@
 //! - X4 what a shard grew by is told to the core exactly once, with the publishing or at the checkpoint. Doors and flusher tell
 //!   it at different times, so the sum of what was told may be off by what is under way, and below zero.
 //!
-//! Reads may see a record before it is published. Nobody was told that it is there, and whoever acts on it writes records with
-//! higher LSNs, which a crash keeps only with it (P1).
+//! What is indexed and not published is nobody's business yet: a read that meets it waits ([`Core`]'s C6). That also makes one
+//! state of what a read finds in several shards, which it looks at one after the other.
 //!
+//! [`Core`]: super::core::Core
 //! [`Core::publish`]: super::core::Core::publish
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -34,8 +37,12 @@ use crate::format::record::Record;
 
 /// Shards of a volume.
 const SHARDS: usize = 16;
-/// A shard is not smaller than this, so that hardly a write is cut.
-const SHARD_BYTES_MIN: u64 = 16 << 20;
+/// A shard is not smaller than this.
+const SHARD_BYTES_MIN: u64 = 4096;
+/// Extents that are removed before others get the shard: about 0.1 ms.
+const REMOVED_AT_ONCE: usize = 1024;
+/// Ranges up to this have no more of them, unless records are tiny, and need not be looked at twice.
+const SHORT_BYTES: u64 = 64 << 10;
 
 /// Most extents that one record can add to the indexes, taken over all records: one that begins with it, one that begins where
 /// it ends, and one that begins at each border.
@@ -62,6 +69,32 @@ pub struct Indexed {
     pub(super) slot: Slot,
     /// Extents that the index has more, or less.
     pub(super) grown: isize,
+}
+
+/// Says that the indexes have forgotten what the backings hold up to an LSN: only then regions may be given up.
+#[derive(Debug)]
+pub struct Forgotten {
+    pub(super) up_to: Lsn,
+    /// Extents that the indexes have more, or less.
+    pub(super) grown: isize,
+}
+
+impl Forgotten {
+    /// Lets the indexes, as `index_of` gives them, forget what was written to `ranges` of records up to `up_to`. It must be on
+    /// the backings for good, and a checkpoint that says so as well. Not to be called with the core held: it takes a while.
+    #[must_use]
+    pub fn of(
+        ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
+        up_to: Lsn,
+        index_of: impl Fn(VolumeId) -> Option<Arc<VolumeIndex>>,
+    ) -> Forgotten {
+        let mut indexes = BTreeMap::new();
+        let forget = |(volume, range)| {
+            let index: &Option<Arc<VolumeIndex>> = indexes.entry(volume).or_insert_with(|| index_of(volume));
+            index.as_ref().map_or(0, |index| index.remove_flushed(range, up_to))
+        };
+        Forgotten { up_to, grown: ranges.map(forget).sum() }
+    }
 }
 
 impl VolumeIndex {
@@ -113,7 +146,8 @@ impl VolumeIndex {
         }
     }
 
-    /// Indexes what the filled place `slot` holds; `record` is what its header says. Reads see it from now on.
+    /// Indexes what the filled place `slot` holds; `record` is what its header says. Reads that meet it wait until it is
+    /// published.
     pub fn index(&self, slot: Slot, record: &Record) -> Indexed {
         assert_eq!(record.volume, self.volume, "a record goes into the index of its volume");
         assert!(
@@ -148,7 +182,18 @@ impl VolumeIndex {
     /// number of extents grew.
     pub fn remove_flushed(&self, range: ByteRange, up_to: Lsn) -> isize {
         let up_to = if is(Mutation::FlushForgetsNewerRecords) { Lsn(u64::MAX) } else { up_to };
-        self.parts(range).map(|(shard, part)| changed(shard, |index| index.remove_flushed(part, up_to))).sum()
+        let mut grown = 0;
+        for (shard, mut part) in self.parts(range) {
+            while !part.is_empty() {
+                grown += changed(shard, |index| {
+                    let is_short = part.len() <= SHORT_BYTES;
+                    let end = if is_short { part.end } else { index.reach(part, REMOVED_AT_ONCE) };
+                    index.remove_flushed(ByteRange { start: part.start, end }, up_to);
+                    part.start = end;
+                });
+            }
+        }
+        grown
     }
 
     /// Number of extents.

@@ -32,6 +32,7 @@ use crate::stage::core::{Outcome, payload_offset, source_of};
 use crate::stage::index::Extent;
 use crate::stage::ring::{RegionState, TableState};
 use crate::stage::serve::Epoch;
+use crate::stage::volume_index::Forgotten;
 use crate::stage::walk::{Expected, visit_headers};
 use zerocopy::IntoBytes;
 
@@ -472,24 +473,15 @@ impl Background {
         self.status.checkpoint_lsn = run.epoch.to;
         self.flush_retry = BackOff::default();
         let head = self.checkpoint.head.seq;
-        let grown = self.forget(&run);
+        // What reads find meanwhile is on the backing as it was in the stage, or was discarded.
+        let index_of = |volume| self.shared.core.lock().index(volume);
+        let forgotten = Forgotten::of(run.written_ranges(), run.epoch.to, index_of);
         let mut core = self.shared.core.lock();
-        core.checkpointed(&self.shared.arena, run.epoch.to, head, grown);
+        core.checkpointed(&self.shared.arena, head, forgotten);
         core.end_pacing();
         drop(core);
         self.run(submit);
         self.flush(now_ns, submit);
-    }
-
-    /// Lets the indexes forget what an epoch has written and its checkpoint covers. The core is not held for that: it takes a
-    /// while, and what reads find meanwhile is the same in the stage and on the backing. By how many extents they grew.
-    fn forget(&self, run: &EpochRun) -> isize {
-        let mut indexes = BTreeMap::new();
-        let mut forget = |(volume, range)| {
-            let index = indexes.entry(volume).or_insert_with(|| self.shared.core.lock().index(volume));
-            index.as_ref().map_or(0, |index| index.remove_flushed(range, run.epoch.to))
-        };
-        run.written_ranges().map(&mut forget).sum()
     }
 
     fn epoch_failed(&mut self, now_ns: u64, target: Target, errno: Errno) {

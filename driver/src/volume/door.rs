@@ -319,6 +319,8 @@ impl VolumeDoor {
                         panic!("a place for a request that did not ask")
                     };
                     self.fill(slot, &request, io);
+                    // A read may come next, and publishes what there is.
+                    self.index_filled();
                     core_is_asked = true;
                 }
                 Outcome::RetryRead { tag, .. } => {

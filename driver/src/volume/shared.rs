@@ -59,7 +59,7 @@ impl Mailbox {
     }
 
     /// Whether its thread has to be woken.
-    fn put(&self, outcome: Outcome) -> bool {
+    pub(super) fn put(&self, outcome: Outcome) -> bool {
         let mut messages = self.messages.lock();
         messages.push(outcome);
         messages.len() == 1

@@ -26,6 +26,8 @@ pub struct Asked {
     pub voided: bool,
     /// What a read delivered.
     pub got: Vec<u8>,
+    /// Newest published change when it ended.
+    pub published: u64,
     /// Its answer.
     pub done: Option<Result<(), Errno>>,
 }
@@ -42,6 +44,7 @@ impl Asked {
             lsn: None,
             voided: false,
             got: Vec::new(),
+            published: 0,
             done: None,
         }
     }

@@ -404,7 +404,8 @@ impl Running {
             return Err(Stop::Fail(wrong));
         }
         for tag in completed {
-            let asked = door.asked.remove(&tag).expect("completed once");
+            let mut asked = door.asked.remove(&tag).expect("completed once");
+            asked.published = self.shared.marks.published().0;
             let result = asked.done.expect("it is complete");
             lock(site.ctl).note(
                 "complete",

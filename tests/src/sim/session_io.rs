@@ -274,6 +274,7 @@ impl Running {
         let must_see = client.rules.sees(sequence, &self.sessions.order);
         let mut asked = Asked::new(as_asked, None, volume, must_see);
         asked.lsn = request.lsn;
+        asked.published = self.shared.marks.published().0;
         if kind == RequestKind::Read && result.is_ok() {
             asked.got = client.got(sequence);
         }

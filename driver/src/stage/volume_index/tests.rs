@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
-use super::{EXTENTS_A_RECORD_MAX, SHARD_BYTES_MIN, SHARDS, VolumeIndex};
+use super::{EXTENTS_A_RECORD_MAX, REMOVED_AT_ONCE, SHARD_BYTES_MIN, SHARDS, VolumeIndex};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::stage::index::{Bulk, Extent, Index, Source};
 
@@ -146,4 +146,18 @@ fn every_byte_has_a_shard_however_large_the_volume() {
         assert_eq!(index.remove_flushed(whole, Lsn(5)), -(last as isize + 1));
         assert!(index.is_empty());
     }
+}
+
+/// What is too much to be forgotten at once is forgotten all the same, and nothing beside it.
+#[test]
+fn a_large_range_is_forgotten_bit_by_bit() {
+    let index = VolumeIndex::new(VOLUME, 1 << 30);
+    let count = 3 * REMOVED_AT_ONCE as u64 + 5;
+    let range = |n: u64| ByteRange::at(n * 512, 512);
+    (0..count).for_each(|n| assert_eq!(index.insert(extent(n + 1, range(n))), 1));
+    let all_but_ends = ByteRange { start: 512, end: (count - 1) * 512 };
+    let newest = Lsn(count - 2);
+    assert_eq!(index.remove_flushed(all_but_ends, newest), 3 - count as isize);
+    let left: Vec<Extent> = [0, count - 2, count - 1].map(|n| extent(n + 1, range(n))).to_vec();
+    assert_eq!(index.extents(), left, "the ends, and what is newer");
 }

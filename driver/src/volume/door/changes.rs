@@ -1,8 +1,8 @@
 //! Changes: gathered as they arrive, given their places together, filled, published together.
 //! ```text
-//!  arrived ──take_in──▶ placed ──────────────fill──────────────▶ filled ──publish──▶ the core's
-//!            core locked,      copy, checksum: nothing locked;             core locked
-//!     in order of arrival      index: a shard of it locked
+//!  arrived ──take_in──▶ placed ────fill───▶ filled ──index_filled──▶ indexed ──publish──▶ the core's
+//!            core locked,     copy, checksum,        a shard of the            core locked
+//!     in order of arrival     nothing locked         index locked
 //! ```
 //! A batch is bounded in number and bytes, since a place that is not published holds up those behind it, other doors' too. What
 //! must see the changes before it (a read, a flush) and the end of a batch take in what has arrived. Places are filled and
@@ -26,14 +26,23 @@ const BATCH_CHANGES: usize = 8;
 /// A batch ends when it has this much payload.
 const BATCH_BYTES: u64 = 64 << 10;
 
+/// A filled place, to be indexed and published.
+#[derive(Debug)]
+struct Filled {
+    slot: Slot,
+    record: Record,
+    ack: Option<Ack>,
+}
+
 /// Changes on their way into the log. The lists are empty between batches and keep their memory.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     arrived: Vec<Request>,
     arrived_bytes: u64,
     claims: Vec<Claim>,
-    /// Filled places, to be published.
-    filled: Vec<(Indexed, Option<Ack>)>,
+    filled: Vec<Filled>,
+    /// Places to be published.
+    indexed: Vec<(Indexed, Option<Ack>)>,
     /// Changes whose payload could not be had. They are answered once their places are published.
     failed: Vec<(u32, Errno)>,
 }
@@ -46,12 +55,13 @@ impl Changes {
 
     /// Whether nothing is on its way.
     pub(super) fn is_empty(&self) -> bool {
-        self.arrived.is_empty() && self.filled.is_empty() && self.failed.is_empty()
+        self.arrived.is_empty() && self.filled.is_empty() && self.indexed.is_empty() && self.failed.is_empty()
     }
 
-    /// Hands what is filled over to the core.
+    /// Hands what is filled and indexed over to the core.
     pub(super) fn publish(&mut self, core: &mut Core) {
-        for (indexed, ack) in self.filled.drain(..) {
+        assert!(self.filled.is_empty(), "X1: what is filled is indexed before it is published");
+        for (indexed, ack) in self.indexed.drain(..) {
             core.publish(indexed, ack);
         }
     }
@@ -95,9 +105,16 @@ impl VolumeDoor {
         }
         self.changes.arrived = arrived;
         self.changes.claims = claims;
+        self.index_filled();
     }
 
-    /// Fills the place of a change and indexes it. It is to be published next.
+    /// Puts what was filled into the volume's index: right before it is published, as reads wait for that from now on.
+    pub(super) fn index_filled(&mut self) {
+        let indexed = |filled: Filled| (self.index.index(filled.slot, &filled.record), filled.ack);
+        self.changes.indexed.extend(self.changes.filled.drain(..).map(indexed));
+    }
+
+    /// Fills the place of a change, which is to be indexed and published next.
     pub(super) fn fill<IO: DoorIo>(&mut self, mut slot: Slot, request: &Request, io: &mut IO) {
         let region = slot.region();
         let lsn = slot.lsn();
@@ -136,7 +153,7 @@ impl VolumeDoor {
         };
         header.copy_from_slice(record.encode(self.shared.rules.salt, region).as_bytes());
         let ack = failed.is_none().then(|| self.ack(request));
-        self.changes.filled.push((self.index.index(slot, &record), ack));
+        self.changes.filled.push(Filled { slot, record, ack });
         if let Some(errno) = failed {
             self.changes.failed.push((request.tag, errno));
         }

@@ -43,7 +43,7 @@ impl VolumeDoor {
         };
         match found {
             None => self.finish(request.tag, Err(Errno::EIO), io),
-            // The background is asked for the region.
+            // The background is asked for the region, or another door publishes what the read waits for.
             Some(false) => self.unheard = true,
             Some(true) => self.read_pieces(request, &mut pieces, io),
         }

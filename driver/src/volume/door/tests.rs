@@ -8,6 +8,7 @@ use crate::base::Lsn;
 use crate::io::{Disk, Op};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
+use crate::stage::core::Claim;
 use crate::volume::request::Wake;
 use crate::volume::still::Still;
 
@@ -171,4 +172,54 @@ fn a_door_behind_anothers_place_is_woken_when_that_is_published() {
     assert_eq!((io_of_first.completed.as_slice(), woken.0.load(Ordering::Relaxed)), (&[1][..], 1));
     second.woken(&mut io);
     assert_eq!(io.completed, [2]);
+}
+
+/// A change that is indexed and behind a gap is nobody's business yet: a flush would not cover it, and a crash takes it.
+#[test]
+fn a_read_waits_for_what_is_not_published_and_shows_it_then() {
+    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let woken = Arc::new(Woken::default());
+    let mut second = another_door(&first.shared, &first.volume, DoorId(2), woken.clone());
+    let mut io = Io::default();
+    first.request(write(1, 0), &mut io_of_first);
+    first.take_in(&mut io_of_first);
+    second.request(write(2, 4096), &mut io);
+    second.batch_end(&mut io);
+    // Beside it nothing holds it up.
+    second.request(read(3, 8192), &mut io);
+    assert_eq!(io.submitted.len(), 1, "a read of the backing");
+    for (tag, offset) in [(4, 4096), (5, 0)] {
+        second.request(read(tag, offset), &mut io);
+        second.batch_end(&mut io);
+    }
+    assert_eq!((io.completed.as_slice(), io.submitted.len()), (&[][..], 1), "C6");
+    first.batch_end(&mut io_of_first);
+    assert_eq!(woken.0.load(Ordering::Relaxed), 1);
+    second.woken(&mut io);
+    io.completed.sort_unstable();
+    assert_eq!((io.completed.as_slice(), io.read.as_slice()), (&[2, 4, 5][..], &[2; 512][..]));
+}
+
+/// A place and a read that goes on may reach a door together, in this order.
+#[test]
+fn a_place_that_comes_before_a_read_is_filled_and_published_by_it() {
+    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
+    let mut io = Io::default();
+    first.request(write(1, 0), &mut io_of_first);
+    first.take_in(&mut io_of_first);
+    second.request(read(3, 0), &mut io);
+    assert!(io.completed.is_empty(), "C6");
+    let slot = {
+        let mut core = first.shared.core.lock();
+        let Claim::Slot(slot) = core.claim(DoorId(2), 2, 512, OnLogError::Stall) else {
+            panic!("there is room")
+        };
+        slot
+    };
+    second.jobs[2] = Job::Change(write(2, 4096));
+    second.mailbox.put(Outcome::Claimed { door: DoorId(2), tag: 2, slot });
+    first.batch_end(&mut io_of_first);
+    second.woken(&mut io);
+    assert_eq!((io.completed.as_slice(), io.read.as_slice()), (&[3, 2][..], &[2; 512][..]));
 }

@@ -34,7 +34,7 @@ pub fn judge(
             if asked.got.len() as u64 != request.len {
                 return Err("a read delivered nothing".into());
             }
-            model.check(asked.volume, request.offset, &asked.got, asked.acknowledged, model.newest())
+            model.check(asked.volume, request.offset, &asked.got, asked.acknowledged, asked.published)
         }
         (RequestKind::Read, Err(_)) if lock(site.ctl).faults_injected > 0 => Ok(()),
         (RequestKind::Flush, Ok(())) => {

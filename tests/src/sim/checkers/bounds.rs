@@ -35,6 +35,16 @@ impl Bounds {
         if core.extent_count() > INDEX_EXTENTS_MAX {
             return Err(format!("P6: the index has {} extents", core.extent_count()));
         }
+        // Between two events no door has anything indexed that is not published.
+        let volumes = core.volumes();
+        let extents =
+            volumes.iter().filter_map(|v| core.index(*v)).map(|index| index.extent_count()).sum::<usize>();
+        if core.extent_count() != extents {
+            return Err(format!(
+                "X4: the indexes have {extents} extents, the core was told of {}",
+                core.extent_count()
+            ));
+        }
         if background_ops > BACKGROUND_OPS_MAX || log_writes > GROUPS_IN_FLIGHT_MAX {
             return Err(format!(
                 "P6: {background_ops} operations of the background, {log_writes} log writes"

@@ -1,5 +1,5 @@
 //! Reads: byte by byte what the list holds at some place between the newest change that was acknowledged before the read
-//! began and the newest that had a place when it ended.
+//! began and the newest that was published when it ended.
 
 use super::super::model::{Change, Effect, Model, after};
 
