@@ -16,7 +16,8 @@
 //! - C1 an acknowledgement is given only for records in the published prefix, and one that promises durability only for
 //!   records at or below the durable LSN;
 //! - C2 checkpoint ≤ durable ≤ published < next LSN;
-//! - C3 the index (see `volume_index.rs`) holds a byte's newest record above the checkpoint; below it the backing holds it;
+//! - C3 the index (see `volume_index.rs`) holds a byte's newest record above the durable checkpoint, which may be ahead of
+//!   ours; below it the backing holds it;
 //! - C4 requests that wait for space are served in the order of their arrival, and later claims queue behind them;
 //! - C5 the log on the device begins at the durable checkpoint's head: that region and all behind it are live;
 //! - C6 what a read finds in the index is published, or it waits until it is. So where it is answered from the stage it shows
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::commit::Committer;
+use super::early::EarlyReads;
 use super::index::Source;
 pub use super::outcome::{Ack, Claim, DoorId, Outcome};
 use super::pacing::Pacing;
@@ -123,8 +125,7 @@ pub struct Core {
     published_waits: Vec<(Lsn, DoorId)>,
     space_waits: VecDeque<SpaceWait>,
     pub(super) cold_reads: Vec<(RegionSeq, DoorId, u32)>,
-    /// Reads that met a record which is not published, and its LSN.
-    pub(super) early_reads: Vec<(Lsn, DoorId, u32)>,
+    pub(super) early: EarlyReads,
     /// Somebody wants everything up to here durable.
     commit_to: Lsn,
     /// Slots of the arena whose memory exists.
@@ -178,7 +179,7 @@ impl Core {
             published_waits: Vec::new(),
             space_waits: VecDeque::new(),
             cold_reads: Vec::new(),
-            early_reads: Vec::new(),
+            early: EarlyReads::default(),
             // Records that were found in the arena only go to the log at once.
             commit_to: Lsn(next.0 - 1),
             damaged: false,
@@ -227,7 +228,8 @@ impl Core {
 
     fn try_claim(&mut self, payload_bytes: u32) -> Option<Slot> {
         let extents = self.extent_count() + EXTENTS_A_RECORD_MAX * (self.window.len() + 1);
-        if self.committer.has_failed() || extents > INDEX_EXTENTS_MAX || self.is_held_back() {
+        let is_full = extents > INDEX_EXTENTS_MAX || self.is_held_back();
+        if self.committer.has_failed() || is_full || self.early.hold_claims_back() {
             return None;
         }
         if let Some(next) = self.ring.would_open(payload_bytes)
@@ -282,19 +284,21 @@ impl Core {
         self.grown(grown);
         let lsn = slot.lsn();
         self.window.published(lsn, Published { payload_bytes: slot.payload_bytes(), lsn, ack });
+        let before = self.published();
         while let Some(published) = self.window.advance() {
             self.accept(published);
         }
         let prefix = self.published();
+        if prefix == before {
+            return;
+        }
         self.marks.published.store(prefix.0, Ordering::Release);
         if !self.published_waits.is_empty() {
             let reached = self.published_waits.extract_if(.., |(lsn, _)| *lsn <= prefix);
             self.outcomes.extend(reached.map(|(_, door)| Outcome::Published { door }));
         }
-        if !self.early_reads.is_empty() {
-            let reached = self.early_reads.extract_if(.., |(lsn, ..)| *lsn <= prefix);
-            self.outcomes.extend(reached.map(|(_, door, tag)| Outcome::RetryRead { door, tag }));
-        }
+        let outcomes = &mut self.outcomes;
+        self.early.reached(prefix, |door, tag| outcomes.push(Outcome::RetryRead { door, tag }));
     }
 
     fn accept(&mut self, published: Published) {
@@ -323,6 +327,10 @@ impl Core {
     /// Forgets a door.
     pub fn forget_door(&mut self, door: DoorId) {
         self.published_waits.retain(|(_, waiting)| *waiting != door);
+        self.cold_reads.retain(|(_, waiting, _)| *waiting != door);
+        if self.early.forget_door(door) {
+            self.serve_space_waits();
+        }
     }
 
     /// Completes the request of `ack` once everything published so far is durable.

@@ -3,6 +3,7 @@
 pub mod arena;
 pub mod commit;
 pub mod core;
+mod early;
 pub mod index;
 mod outcome;
 mod pacing;

@@ -51,7 +51,7 @@ pub enum Outcome {
         /// Why.
         errno: Errno,
     },
-    /// A read that waited for a region can be tried again.
+    /// A read that waited for a region, or for a record to be published, is to be tried again.
     RetryRead {
         /// Its door.
         door: DoorId,

@@ -37,6 +37,17 @@ pub enum ReadSource {
     Backing,
 }
 
+/// What a read has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Where all its bytes are.
+    All,
+    /// A region that is not in memory. The background is to be asked for it.
+    Cold,
+    /// A record that is not published yet.
+    Early,
+}
+
 impl ReadSource {
     /// Whether it goes on where `last`, the piece before it, ends.
     fn follows(self, last: &ReadPiece) -> bool {
@@ -73,8 +84,7 @@ pub struct Epoch {
 
 impl Core {
     /// Looks up where the bytes of `range` are, as pieces in order. Regions named in them are pinned in `arena` once per
-    /// piece. `false`: a region is not in memory or a record is not published yet; nothing is pinned, and the request is told
-    /// when it can try again.
+    /// piece. Where not all is found nothing is pinned, and the request is told when it can try again.
     pub fn read(
         &mut self,
         arena: &Arena,
@@ -82,11 +92,11 @@ impl Core {
         volume: VolumeId,
         range: ByteRange,
         pieces: &mut Vec<ReadPiece>,
-    ) -> bool {
+    ) -> Found {
         pieces.clear();
         let Some(index) = self.indexes.get(&volume) else {
             pieces.push(ReadPiece { range, source: ReadSource::Backing });
-            return true;
+            return Found::All;
         };
         let mut newest = Lsn::ZERO;
         let found = index.lookup(range, |piece| {
@@ -110,21 +120,30 @@ impl Core {
             ControlFlow::Continue(())
         });
         if let ControlFlow::Break(region) = found {
+            self.read_ended(door, tag);
             self.cold_reads.push((region, door, tag));
             self.kick();
-            return false;
+            return Found::Cold;
         }
         // All that is published was in the index, as a whole, before the core was locked; what is not may be there in part.
         if newest > self.published() && !is(Mutation::ReadsRunAhead) {
-            self.early_reads.push((newest, door, tag));
-            return false;
+            self.early.met(door, tag, newest);
+            return Found::Early;
         }
+        self.read_ended(door, tag);
         for piece in pieces.iter() {
             if let ReadSource::Stage { region, .. } = piece.source {
                 arena.pin_raw(region);
             }
         }
-        true
+        Found::All
+    }
+
+    /// A read waits for no record any more.
+    fn read_ended(&mut self, door: DoorId, tag: u32) {
+        if self.early.ended(door, tag) {
+            self.serve_space_waits();
+        }
     }
 
     pub(super) fn is_allocated(&self, seq: RegionSeq) -> bool {

@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::core::source_of;
 use super::index::{Extent, Index, Piece, Sorted, Source};
@@ -41,8 +41,8 @@ const SHARDS: usize = 16;
 const SHARD_BYTES_MIN: u64 = 4096;
 /// Extents that are removed before others get the shard: about 0.1 ms.
 const REMOVED_AT_ONCE: usize = 1024;
-/// Ranges up to this have no more of them, unless records are tiny, and need not be looked at twice.
-const SHORT_BYTES: u64 = 64 << 10;
+/// Ranges up to this are removed without counting what is there: records have 16 bytes or more, but for few.
+const SHORT_BYTES: u64 = 16 << 10;
 
 /// Most extents that one record can add to the indexes, taken over all records: one that begins with it, one that begins where
 /// it ends, and one that begins at each border.
@@ -117,8 +117,13 @@ impl VolumeIndex {
         VolumeIndex { volume, shift, shards }
     }
 
-    fn shard_of(&self, offset: u64) -> usize {
+    pub(crate) fn shard_of(&self, offset: u64) -> usize {
         ((offset >> self.shift) as usize).min(SHARDS - 1)
+    }
+
+    /// The byte behind a shard's last one.
+    fn end_of(&self, shard: usize) -> u64 {
+        if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << self.shift }
     }
 
     /// The parts of `range`, each with the shard that has it, in order.
@@ -128,11 +133,7 @@ impl VolumeIndex {
             let start = at;
             (start < range.end).then(|| {
                 let shard = self.shard_of(start);
-                at = if shard == SHARDS - 1 {
-                    range.end
-                } else {
-                    range.end.min((shard as u64 + 1) << self.shift)
-                };
+                at = range.end.min(self.end_of(shard));
                 (&self.shards[shard].0, ByteRange { start, end: at })
             })
         })
@@ -140,9 +141,11 @@ impl VolumeIndex {
 
     /// Says that changes of `range` will be indexed soon.
     pub fn expect(&self, range: ByteRange) {
-        // The last one is where the search will end; borders are few.
-        if let Some((shard, part)) = self.parts(range).next() {
-            shard.lock().expect(part);
+        // Where it begins is enough, and only if nobody has it: the caller has places that others wait for.
+        if let Some((shard, part)) = self.parts(range).next()
+            && let Some(index) = shard.try_lock()
+        {
+            index.expect(part);
         }
     }
 
@@ -163,7 +166,7 @@ impl VolumeIndex {
         let Extent { range, lsn, source } = extent;
         let part = |(shard, part): (&Mutex<Index>, ByteRange)| {
             let source = source.advanced(part.start - range.start);
-            changed(shard, |index| index.insert(Extent { range: part, lsn, source }))
+            changed(&mut shard.lock(), |index| index.insert(Extent { range: part, lsn, source }))
         };
         self.parts(range).map(part).sum()
     }
@@ -185,12 +188,15 @@ impl VolumeIndex {
         let mut grown = 0;
         for (shard, mut part) in self.parts(range) {
             while !part.is_empty() {
-                grown += changed(shard, |index| {
+                let mut index = shard.lock();
+                grown += changed(&mut index, |index| {
                     let is_short = part.len() <= SHORT_BYTES;
                     let end = if is_short { part.end } else { index.reach(part, REMOVED_AT_ONCE) };
                     index.remove_flushed(ByteRange { start: part.start, end }, up_to);
                     part.start = end;
                 });
+                // Who waits for it, perhaps with the core held, is next, and not the next round.
+                MutexGuard::unlock_fair(index);
             }
         }
         grown
@@ -223,9 +229,8 @@ impl VolumeIndex {
 }
 
 /// By how many extents a change lets a shard grow.
-fn changed(shard: &Mutex<Index>, change: impl FnOnce(&mut Index)) -> isize {
-    let mut index = shard.lock();
+fn changed(index: &mut Index, change: impl FnOnce(&mut Index)) -> isize {
     let before = index.extent_count() as isize;
-    change(&mut index);
+    change(index);
     index.extent_count() as isize - before
 }

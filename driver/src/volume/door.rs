@@ -5,7 +5,7 @@
 //! ```text
 //!  lookup (regions pinned) ──▶ all staged: copied out at once
 //!     │                   └──▶ some not: one read of the backing over the gaps, staged pieces laid over it, copied out
-//!     └─ a region is not in memory yet: waits for it, then looks up again
+//!     └─ a region is not in memory, or a record is not published yet: waits for it, then looks up again
 //! ```
 
 mod changes;
@@ -69,7 +69,7 @@ enum Job {
     Idle,
     /// A change or a flush, waiting for its place or its acknowledgement.
     Change(Request),
-    /// A read that waits for memory: a region, or a buffer.
+    /// A read that waits for a region, a buffer, or a record to be published.
     ReadWaits(Request),
     /// A read of the backing into the client's memory in flight.
     ReadDirect(Request),
@@ -325,7 +325,8 @@ impl VolumeDoor {
                 }
                 Outcome::RetryRead { tag, .. } => {
                     self.retry_read(tag, io);
-                    core_is_asked = true;
+                    // A region may have to be asked for. What another door publishes comes with its own wake-up.
+                    core_is_asked |= self.unheard;
                 }
                 // Being woken was all that was asked for.
                 Outcome::Published { .. } => {}

@@ -107,7 +107,8 @@ pub struct Completed {
     pub place: Option<Lsn>,
 }
 
-/// A client in the engine's process. Stays on the thread that made it.
+/// A client in the engine's process. Stays on the thread that made it, and should be its only one: a request may wait for
+/// another client's, which goes on only when its thread drives it.
 pub struct LocalClient {
     // Declared first: the door is gone before the ring that its operations run on.
     door: VolumeDoor,

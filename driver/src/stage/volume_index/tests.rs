@@ -161,3 +161,16 @@ fn a_large_range_is_forgotten_bit_by_bit() {
     let left: Vec<Extent> = [0, count - 2, count - 1].map(|n| extent(n + 1, range(n))).to_vec();
     assert_eq!(index.extents(), left, "the ends, and what is newer");
 }
+
+#[test]
+fn what_is_removed_at_once_is_bounded() {
+    let mut index = Index::new();
+    // The first begins before the range.
+    (0..100).for_each(|n| index.insert(extent(n + 1, ByteRange::at(n * 1000, 1000))));
+    let range = ByteRange { start: 500, end: 99_500 };
+    assert_eq!(index.reach(range, 10), 11_000);
+    assert_eq!(index.reach(ByteRange { start: 1000, ..range }, 10), 11_000);
+    assert_eq!(index.reach(range, 98), 99_000);
+    assert_eq!(index.reach(range, 99), 99_500);
+    assert_eq!(Index::new().reach(range, 1), 99_500);
+}

@@ -12,6 +12,7 @@ use crate::io::{Disk, Done, Errno, Memory, Op, OpKind, Target};
 use crate::recovery::sample_stage::SampleStage;
 use crate::recovery::{Environment, OwnArenas, open};
 use crate::stage::core::{Core, DoorId};
+use crate::stage::serve::Found;
 use crate::volume::still::Still;
 
 /// What was asked of a device.
@@ -201,7 +202,7 @@ fn a_region_that_a_read_waits_for_comes_first() {
     let in_region_4 = ByteRange::at(3 * 4096, 100);
     let read =
         |core: &mut Core| core.read(&shared.arena, (DoorId(1), 0), VolumeId(1), in_region_4, &mut Vec::new());
-    assert!(!read(&mut shared.core.lock()), "it is not in memory");
+    assert_eq!(read(&mut shared.core.lock()), Found::Cold, "it is not in memory");
     bench.background.step(0, &mut |op| ops.push(op));
     let offsets: Vec<u64> = ops.iter().map(|op| op.offset).collect();
     assert_eq!(offsets, [1, 2, 4].map(|seq| bench.place(RegionSeq(seq))));

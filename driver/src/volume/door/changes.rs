@@ -42,7 +42,7 @@ pub(super) struct Changes {
     claims: Vec<Claim>,
     filled: Vec<Filled>,
     /// Places to be published.
-    indexed: Vec<(Indexed, Option<Ack>)>,
+    pub(super) indexed: Vec<(Indexed, Option<Ack>)>,
     /// Changes whose payload could not be had. They are answered once their places are published.
     failed: Vec<(u32, Errno)>,
 }

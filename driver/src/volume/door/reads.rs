@@ -4,7 +4,7 @@ use super::{Job, VolumeDoor};
 use crate::base::ByteRange;
 use crate::base::units::{align_down, align_up};
 use crate::io::{AlignedBuf, Errno, Memory, Op, OpKind, Target, Token};
-use crate::stage::serve::{ReadPiece, ReadSource};
+use crate::stage::serve::{Found, ReadPiece, ReadSource};
 use crate::volume::request::{DoorIo, Request};
 
 /// Most bytes of read buffers in flight on a door; further reads wait for one to finish.
@@ -43,9 +43,10 @@ impl VolumeDoor {
         };
         match found {
             None => self.finish(request.tag, Err(Errno::EIO), io),
-            // The background is asked for the region, or another door publishes what the read waits for.
-            Some(false) => self.unheard = true,
-            Some(true) => self.read_pieces(request, &mut pieces, io),
+            Some(Found::Cold) => self.unheard = true,
+            // Whoever publishes it says so.
+            Some(Found::Early) => {}
+            Some(Found::All) => self.read_pieces(request, &mut pieces, io),
         }
         self.pieces = pieces;
     }

@@ -223,3 +223,60 @@ fn a_place_that_comes_before_a_read_is_filled_and_published_by_it() {
     second.woken(&mut io);
     assert_eq!((io.completed.as_slice(), io.read.as_slice()), (&[3, 2][..], &[2; 512][..]));
 }
+
+/// A read that another door overtakes again and again is served all the same: claims wait for it, and go on.
+#[test]
+fn a_read_of_what_is_written_all_the_time_is_served() {
+    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
+    let mut io = Io::default();
+    first.request(write(100, 0), &mut io_of_first);
+    first.take_in(&mut io_of_first);
+    second.request(read(1, 0), &mut io);
+    for tag in 101..150 {
+        // The next one has its place, is indexed and not published when the read is tried again.
+        let published = std::mem::take(&mut first.changes.indexed);
+        first.request(write(tag, 0), &mut io_of_first);
+        first.take_in(&mut io_of_first);
+        let next = std::mem::replace(&mut first.changes.indexed, published);
+        first.run(&mut io_of_first, Ask::Nothing);
+        first.changes.indexed = next;
+        second.woken(&mut io);
+        if !io.completed.is_empty() {
+            assert!((103..120).contains(&tag), "{tag}");
+            assert_eq!(io.read, [tag as u8; 512], "what was newest when no more places were given");
+            assert!(!io_of_first.completed.contains(&tag));
+            first.woken(&mut io_of_first);
+            assert!(io_of_first.completed.contains(&tag), "claims go on");
+            return;
+        }
+    }
+    panic!("the read was never served");
+}
+
+/// Which of the shards holds what is not published makes no difference to a read over a border.
+#[test]
+fn a_read_over_a_border_waits_for_what_is_on_either_side() {
+    let find_border = |door: &VolumeDoor| {
+        let is_border = |offset: &u64| door.index.shard_of(*offset) != door.index.shard_of(offset - 1);
+        (1..1 << 20).find(is_border).expect("more than one shard")
+    };
+    for side in [0, 1] {
+        let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+        let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
+        let mut io = Io::default();
+        let border = find_border(&first);
+        let (both, one) = (border - 512, border - 512 + side * 512);
+        first.request(Request { len: 1024, ..write(1, both) }, &mut io_of_first);
+        first.batch_end(&mut io_of_first);
+        first.request(write(2, one), &mut io_of_first);
+        first.take_in(&mut io_of_first);
+        second.request(Request { len: 1024, ..read(3, both) }, &mut io);
+        assert!(io.completed.is_empty(), "C6");
+        first.batch_end(&mut io_of_first);
+        second.woken(&mut io);
+        assert_eq!((io.completed.as_slice(), io.read.len()), (&[3][..], 1024));
+        let newer = side as usize * 512..side as usize * 512 + 512;
+        assert!((0..1024).all(|at| io.read[at] == if newer.contains(&at) { 3 } else { 2 }), "{side}");
+    }
+}

@@ -35,7 +35,7 @@ impl Bounds {
         if core.extent_count() > INDEX_EXTENTS_MAX {
             return Err(format!("P6: the index has {} extents", core.extent_count()));
         }
-        // Between two events no door has anything indexed that is not published.
+        // Between two events no door has anything indexed that it has not handed to the core.
         let volumes = core.volumes();
         let extents =
             volumes.iter().filter_map(|v| core.index(*v)).map(|index| index.extent_count()).sum::<usize>();
