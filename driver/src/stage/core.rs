@@ -198,6 +198,12 @@ impl Core {
         self.marks.clone()
     }
 
+    /// Whether there are outcomes that nobody has taken yet.
+    #[must_use]
+    pub fn has_outcomes(&self) -> bool {
+        !self.outcomes.is_empty()
+    }
+
     /// Moves the outcomes gathered so far to the end of `into`.
     pub fn take_outcomes(&mut self, into: &mut Vec<Outcome>) {
         into.append(&mut self.outcomes);

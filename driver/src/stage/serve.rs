@@ -139,8 +139,8 @@ impl Core {
         Found::All
     }
 
-    /// A read waits for no record any more.
-    fn read_ended(&mut self, door: DoorId, tag: u32) {
+    /// A read waits for no record any more, or for something else as well.
+    pub fn read_ended(&mut self, door: DoorId, tag: u32) {
         if self.early.ended(door, tag) {
             self.serve_space_waits();
         }

@@ -108,7 +108,7 @@ pub struct Completed {
 }
 
 /// A client in the engine's process. Stays on the thread that made it, and should be its only one: a request may wait for
-/// another client's, which goes on only when its thread drives it.
+/// another client's, which goes on only when its thread drives it. Who has a request in flight drives its client.
 pub struct LocalClient {
     // Declared first: the door is gone before the ring that its operations run on.
     door: VolumeDoor,

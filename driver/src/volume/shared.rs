@@ -139,7 +139,14 @@ impl Shared {
 
     /// Forgets a door that has no request in flight.
     pub fn remove_door(&self, door: DoorId) {
-        self.core.lock().forget_door(door);
+        let is_unheard = {
+            let mut core = self.core.lock();
+            core.forget_door(door);
+            core.has_outcomes()
+        };
+        if is_unheard {
+            self.kick_background();
+        }
         self.doors.write().remove(&door);
     }
 

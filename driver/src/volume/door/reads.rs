@@ -18,17 +18,22 @@ impl VolumeDoor {
     pub(super) fn read<IO: DoorIo>(&mut self, request: Request, io: &mut IO) {
         let range = ByteRange::at(request.offset, request.len);
         if self.read_bytes > 0 && self.read_bytes + request.len > READ_BYTES_MAX {
-            self.changes.publish(&mut self.shared.core.lock());
+            {
+                let mut core = self.shared.core.lock();
+                self.changes.publish(&mut core);
+                core.read_ended(self.id, request.tag);
+                self.unheard |= core.has_outcomes();
+            }
             self.jobs[request.tag as usize] = Job::ReadWaits(request);
             self.reads_waiting.push_back(request.tag);
             return;
         }
         self.jobs[request.tag as usize] = Job::ReadWaits(request);
         let mut pieces = std::mem::take(&mut self.pieces);
-        let found = {
+        let (found, unheard) = {
             let mut core = self.shared.core.lock();
             self.changes.publish(&mut core);
-            if core.is_damaged() && core.cold_regions() > 0 && core.is_staged(self.volume.id) {
+            let found = if core.is_damaged() && core.cold_regions() > 0 && core.is_staged(self.volume.id) {
                 // Which bytes are behind the damage cannot be told, so none are given out.
                 None
             } else {
@@ -39,8 +44,11 @@ impl VolumeDoor {
                     range,
                     &mut pieces,
                 ))
-            }
+            };
+            (found, core.has_outcomes())
         };
+        // Claims may have waited for this read. They are carried out at the end of the batch at the latest.
+        self.unheard |= unheard;
         match found {
             None => self.finish(request.tag, Err(Errno::EIO), io),
             Some(Found::Cold) => self.unheard = true,
@@ -151,6 +159,9 @@ impl VolumeDoor {
             }
             self.reads_waiting.pop_front();
             self.read(request, io);
+        }
+        if self.retired && std::mem::take(&mut self.unheard) {
+            self.shared.kick_background();
         }
     }
 

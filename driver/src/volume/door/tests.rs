@@ -227,8 +227,10 @@ fn a_place_that_comes_before_a_read_is_filled_and_published_by_it() {
 /// A read that another door overtakes again and again is served all the same: claims wait for it, and go on.
 #[test]
 fn a_read_of_what_is_written_all_the_time_is_served() {
-    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
-    let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
+    let (base, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let woken = Arc::new(Woken::default());
+    let mut first = another_door(&base.shared, &base.volume, DoorId(3), woken.clone());
+    let mut second = another_door(&base.shared, &base.volume, DoorId(2), Arc::new(Still));
     let mut io = Io::default();
     first.request(write(100, 0), &mut io_of_first);
     first.take_in(&mut io_of_first);
@@ -241,11 +243,17 @@ fn a_read_of_what_is_written_all_the_time_is_served() {
         let next = std::mem::replace(&mut first.changes.indexed, published);
         first.run(&mut io_of_first, Ask::Nothing);
         first.changes.indexed = next;
-        second.woken(&mut io);
+        second.unheard = true;
+        second.batch_end(&mut io);
         if !io.completed.is_empty() {
             assert!((103..120).contains(&tag), "{tag}");
             assert_eq!(io.read, [tag as u8; 512], "what was newest when no more places were given");
             assert!(!io_of_first.completed.contains(&tag));
+            assert_eq!(
+                woken.0.load(Ordering::Relaxed),
+                1,
+                "its place comes to it without anybody else's help"
+            );
             first.woken(&mut io_of_first);
             assert!(io_of_first.completed.contains(&tag), "claims go on");
             return;
