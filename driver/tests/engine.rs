@@ -3,6 +3,7 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use support::{Place, V1, V2, VOLUME_BYTES, new_volume, pattern};
 use tidegate_driver::base::ErrorKind;
@@ -47,6 +48,49 @@ fn a_stage_smaller_than_the_data_slows_writers_and_loses_nothing() {
         assert!(client.read(i << 20, 1 << 20).unwrap() == pattern(100 + i, 1 << 20), "MiB {i}");
     }
     drop(client);
+    assert!(engine.status().epochs > 1);
+    engine.close(true).unwrap();
+}
+
+/// Doors that index, readers and a flusher that forgets, each on its own thread and none holding up the others: a read shows at
+/// least what was acknowledged before it began and what a read before it showed, on both sides of a border of the index.
+#[test]
+fn reads_go_forward_while_others_write_and_flush() {
+    const BYTES: usize = 8192;
+    const VERSIONS: u64 = 3000;
+    let place = Place::new(24 << 20, &[AckLevel::Memory]);
+    let engine = place.open().unwrap();
+    let (acknowledged, begun) = (AtomicU64::new(0), AtomicU64::new(0));
+    let at = VOLUME_BYTES / 2 - BYTES as u64 / 2;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = LocalClient::new(&engine, V1, 8).unwrap();
+            for version in 1..=VERSIONS {
+                begun.store(version, Ordering::SeqCst);
+                client.write(at, &version.to_le_bytes().repeat(BYTES / 8)).unwrap();
+                acknowledged.store(version, Ordering::SeqCst);
+            }
+        });
+        // What makes the flusher come by again and again.
+        scope.spawn(|| {
+            let mut client = LocalClient::new(&engine, V1, 8).unwrap();
+            for i in (0..).take_while(|_| acknowledged.load(Ordering::SeqCst) < VERSIONS) {
+                client.write((i % 16) << 18, &pattern(i, 1 << 18)).unwrap();
+            }
+        });
+        let mut client = LocalClient::new(&engine, V1, 8).unwrap();
+        let mut seen = vec![0; BYTES / 8];
+        while acknowledged.load(Ordering::SeqCst) < VERSIONS {
+            let least = acknowledged.load(Ordering::SeqCst);
+            let read = client.read(at, BYTES).unwrap();
+            let most = begun.load(Ordering::SeqCst);
+            for (seen, word) in seen.iter_mut().zip(read.chunks_exact(8)) {
+                let version = u64::from_le_bytes(word.try_into().unwrap());
+                assert!((least.max(*seen)..=most).contains(&version), "{version}: {least}, {seen}, {most}");
+                *seen = version;
+            }
+        }
+    });
     assert!(engine.status().epochs > 1);
     engine.close(true).unwrap();
 }
