@@ -284,6 +284,12 @@ impl Core {
         self.indexes.get(&volume).cloned()
     }
 
+    /// The indexes of all volumes.
+    #[must_use]
+    pub fn indexes(&self) -> BTreeMap<VolumeId, Arc<VolumeIndex>> {
+        self.indexes.clone()
+    }
+
     /// Takes over a filled place.
     pub fn publish(&mut self, indexed: Indexed, ack: Option<Ack>) {
         let Indexed { slot, grown } = indexed;

@@ -49,7 +49,7 @@ const SHORT_BYTES: u64 = 16 << 10;
 pub const EXTENTS_A_RECORD_MAX: usize = SHARDS + 1;
 
 /// On cache lines of its own: neighbours belong to other processors.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 struct Shard(Mutex<Index>);
 
@@ -80,19 +80,16 @@ pub struct Forgotten {
 }
 
 impl Forgotten {
-    /// Lets the indexes, as `index_of` gives them, forget what was written to `ranges` of records up to `up_to`. It must be on
-    /// the backings for good, and a checkpoint that says so as well. Not to be called with the core held: it takes a while.
+    /// Lets `indexes` forget what was written to `ranges` of records up to `up_to`. It must be on the backings for good, and a
+    /// checkpoint that says so as well. Not to be called with the core held: it takes a while.
     #[must_use]
     pub fn of(
         ranges: impl Iterator<Item = (VolumeId, ByteRange)>,
         up_to: Lsn,
-        index_of: impl Fn(VolumeId) -> Option<Arc<VolumeIndex>>,
+        indexes: &BTreeMap<VolumeId, Arc<VolumeIndex>>,
     ) -> Forgotten {
-        let mut indexes = BTreeMap::new();
-        let forget = |(volume, range)| {
-            let index: &Option<Arc<VolumeIndex>> = indexes.entry(volume).or_insert_with(|| index_of(volume));
-            index.as_ref().map_or(0, |index| index.remove_flushed(range, up_to))
-        };
+        let forget =
+            |(volume, range)| indexes.get(&volume).map_or(0, |index| index.remove_flushed(range, up_to));
         Forgotten { up_to, grown: ranges.map(forget).sum() }
     }
 }
@@ -110,20 +107,12 @@ impl VolumeIndex {
         let shard_bytes = volume_bytes.div_ceil(SHARDS as u64).next_power_of_two().max(SHARD_BYTES_MIN);
         let shift = shard_bytes.trailing_zeros();
         let mut staged = staged.cut();
-        let shards = std::array::from_fn(|shard| {
-            let end = if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << shift };
-            Shard(Mutex::new(staged.up_to(end)))
-        });
+        let shards = std::array::from_fn(|shard| Shard(Mutex::new(staged.up_to(end_of(shard, shift)))));
         VolumeIndex { volume, shift, shards }
     }
 
     pub(crate) fn shard_of(&self, offset: u64) -> usize {
         ((offset >> self.shift) as usize).min(SHARDS - 1)
-    }
-
-    /// The byte behind a shard's last one.
-    fn end_of(&self, shard: usize) -> u64 {
-        if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << self.shift }
     }
 
     /// The parts of `range`, each with the shard that has it, in order.
@@ -133,7 +122,7 @@ impl VolumeIndex {
             let start = at;
             (start < range.end).then(|| {
                 let shard = self.shard_of(start);
-                at = range.end.min(self.end_of(shard));
+                at = range.end.min(end_of(shard, self.shift));
                 (&self.shards[shard].0, ByteRange { start, end: at })
             })
         })
@@ -222,10 +211,15 @@ impl VolumeIndex {
     }
 
     /// All extents by offset, as far as they stay the same meanwhile.
-    #[must_use]
+    #[cfg(test)]
     pub fn extents(&self) -> Vec<Extent> {
         self.shards.iter().flat_map(|shard| shard.0.lock().iter().collect::<Vec<_>>()).collect()
     }
+}
+
+/// The byte behind a shard's last one.
+fn end_of(shard: usize, shift: u32) -> u64 {
+    if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << shift }
 }
 
 /// By how many extents a change lets a shard grow.

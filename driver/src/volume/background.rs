@@ -474,8 +474,8 @@ impl Background {
         self.flush_retry = BackOff::default();
         let head = self.checkpoint.head.seq;
         // What reads find meanwhile is on the backing as it was in the stage, or was discarded.
-        let index_of = |volume| self.shared.core.lock().index(volume);
-        let forgotten = Forgotten::of(run.written_ranges(), run.epoch.to, index_of);
+        let indexes = self.shared.core.lock().indexes();
+        let forgotten = Forgotten::of(run.written_ranges(), run.epoch.to, &indexes);
         let mut core = self.shared.core.lock();
         core.checkpointed(&self.shared.arena, head, forgotten);
         core.end_pacing();

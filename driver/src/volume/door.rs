@@ -325,7 +325,7 @@ impl VolumeDoor {
                 }
                 Outcome::RetryRead { tag, .. } => {
                     self.retry_read(tag, io);
-                    // A region may have to be asked for. What another door publishes comes with its own wake-up.
+                    // A region may have to be asked for, or claims that waited for this read go on.
                     core_is_asked |= self.unheard;
                 }
                 // Being woken was all that was asked for.

@@ -82,7 +82,7 @@ impl Bulk {
     /// The index after [`Index::insert`] of everything that was taken.
     #[must_use]
     pub fn finish(self) -> Index {
-        self.sort().into()
+        Index { extents: self.sort().0.into_iter().collect() }
     }
 
     fn merge(&mut self) {
@@ -131,12 +131,6 @@ impl Cut {
             Some((start, Entry { end: entry.end.min(end), ..entry }))
         });
         Index { extents: extents.collect() }
-    }
-}
-
-impl From<Sorted> for Index {
-    fn from(sorted: Sorted) -> Index {
-        Index { extents: sorted.0.into_iter().collect() }
     }
 }
 

@@ -90,6 +90,23 @@ fn another_door(
     VolumeDoor::new(shared.clone(), volume.clone(), id, shared.add_door(id, wake))
 }
 
+/// Another door beside `first`, with what is needed to look at it.
+fn beside(first: &VolumeDoor) -> (VolumeDoor, Io, Arc<Woken>) {
+    let woken = Arc::new(Woken::default());
+    (another_door(&first.shared, &first.volume, DoorId(2), woken.clone()), Io::default(), woken)
+}
+
+/// A door that holds a place and has not published it; one behind that, whose change is therefore not answered.
+fn behind_a_gap() -> ((VolumeDoor, Io), (VolumeDoor, Io, Arc<Woken>)) {
+    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
+    let (mut second, mut io, woken) = beside(&first);
+    first.request(write(1, 0), &mut io_of_first);
+    first.take_in(&mut io_of_first);
+    second.request(write(2, 4096), &mut io);
+    second.batch_end(&mut io);
+    ((first, io_of_first), (second, io, woken))
+}
+
 fn write(tag: u32, offset: u64) -> Request {
     Request { tag, kind: RequestKind::Write, offset, len: 512, fua: false }
 }
@@ -158,14 +175,7 @@ fn a_batch_that_is_too_large_is_cut() {
 
 #[test]
 fn a_door_behind_anothers_place_is_woken_when_that_is_published() {
-    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
-    let woken = Arc::new(Woken::default());
-    let mut second = another_door(&first.shared, &first.volume, DoorId(2), woken.clone());
-    let mut io = Io::default();
-    first.request(write(1, 0), &mut io_of_first);
-    first.take_in(&mut io_of_first);
-    second.request(write(2, 4096), &mut io);
-    second.batch_end(&mut io);
+    let ((mut first, mut io_of_first), (mut second, mut io, woken)) = behind_a_gap();
     assert_eq!((io.placed.len(), io.completed.len()), (1, 0), "what is behind a gap is not answered");
     assert_eq!(woken.0.load(Ordering::Relaxed), 0);
     first.batch_end(&mut io_of_first);
@@ -177,14 +187,7 @@ fn a_door_behind_anothers_place_is_woken_when_that_is_published() {
 /// A change that is indexed and behind a gap is nobody's business yet: a flush would not cover it, and a crash takes it.
 #[test]
 fn a_read_waits_for_what_is_not_published_and_shows_it_then() {
-    let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
-    let woken = Arc::new(Woken::default());
-    let mut second = another_door(&first.shared, &first.volume, DoorId(2), woken.clone());
-    let mut io = Io::default();
-    first.request(write(1, 0), &mut io_of_first);
-    first.take_in(&mut io_of_first);
-    second.request(write(2, 4096), &mut io);
-    second.batch_end(&mut io);
+    let ((mut first, mut io_of_first), (mut second, mut io, woken)) = behind_a_gap();
     // Beside it nothing holds it up.
     second.request(read(3, 8192), &mut io);
     assert_eq!(io.submitted.len(), 1, "a read of the backing");
@@ -204,8 +207,7 @@ fn a_read_waits_for_what_is_not_published_and_shows_it_then() {
 #[test]
 fn a_place_that_comes_before_a_read_is_filled_and_published_by_it() {
     let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
-    let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
-    let mut io = Io::default();
+    let (mut second, mut io, _) = beside(&first);
     first.request(write(1, 0), &mut io_of_first);
     first.take_in(&mut io_of_first);
     second.request(read(3, 0), &mut io);
@@ -230,8 +232,7 @@ fn a_read_of_what_is_written_all_the_time_is_served() {
     let (base, mut io_of_first) = (door(AckLevel::Memory), Io::default());
     let woken = Arc::new(Woken::default());
     let mut first = another_door(&base.shared, &base.volume, DoorId(3), woken.clone());
-    let mut second = another_door(&base.shared, &base.volume, DoorId(2), Arc::new(Still));
-    let mut io = Io::default();
+    let (mut second, mut io, _) = beside(&base);
     first.request(write(100, 0), &mut io_of_first);
     first.take_in(&mut io_of_first);
     second.request(read(1, 0), &mut io);
@@ -271,8 +272,7 @@ fn a_read_over_a_border_waits_for_what_is_on_either_side() {
     };
     for side in [0, 1] {
         let (mut first, mut io_of_first) = (door(AckLevel::Memory), Io::default());
-        let mut second = another_door(&first.shared, &first.volume, DoorId(2), Arc::new(Still));
-        let mut io = Io::default();
+        let (mut second, mut io, _) = beside(&first);
         let border = find_border(&first);
         let (both, one) = (border - 512, border - 512 + side * 512);
         first.request(Request { len: 1024, ..write(1, both) }, &mut io_of_first);
