@@ -5,6 +5,8 @@ PREFIX ?= /usr/local
 SEEDS ?= 2000
 SCRIPT_LENGTH ?= 2
 FUZZ_SECONDS ?= 30
+# Where cargo puts what it builds.
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 KERNELS ?= 6.12 7.2
 VERSION := $(shell sed -n '/^\[workspace.package\]/,/^version/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 
@@ -16,17 +18,17 @@ tools-release:
 # The C library: target/release/libtidegate.so and libtidegate.a.
 lib:
 	$(CARGO) build --release -p tidegate-ffi
-	ffi/link $${CARGO_TARGET_DIR:-target}/release
+	ffi/link $(TARGET)/release
 
 # The programs over it, and their tests with a server; FIO_SOURCE=DIR for the fio engine.
 programs: lib
-	$(MAKE) -C ffi nbdkit examples
+	$(MAKE) -C ffi LIBRARY=$(TARGET)/release OUT=$(TARGET)/programs nbdkit examples
 programs-test:
 	ffi/tests/programs
 
 # The main job, shown: on this kernel if it has ublk, else in the test machine.
 run: tools-release
-	tools/demo/run
+	TIDEGATE_BIN=$(TARGET)/release/tidegate tools/demo/run
 
 # All tests, those on a real kernel included (in the test machine, on every kernel of KERNELS).
 test:
@@ -69,7 +71,7 @@ doc:
 	TIDEGATE_UPDATE_HEADER=1 $(CARGO) test -p tidegate-ffi --test header
 
 install: tools-release lib
-	install -D -m 0755 target/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
+	install -D -m 0755 $(TARGET)/release/tidegate $(DESTDIR)$(PREFIX)/sbin/tidegate
 	install -D -m 0644 tools/packaging/tidegate@.service $(DESTDIR)/usr/lib/systemd/system/tidegate@.service
 	install -d $(DESTDIR)/usr/lib/udev/rules.d
 	sed 's|/usr/local/sbin/tidegate|$(PREFIX)/sbin/tidegate|' tools/packaging/90-tidegate.rules \
@@ -77,10 +79,10 @@ install: tools-release lib
 	chmod 0644 $(DESTDIR)/usr/lib/udev/rules.d/90-tidegate.rules
 	install -D -m 0644 tools/packaging/tidegate.conf $(DESTDIR)/usr/lib/modules-load.d/tidegate.conf
 	install -d $(DESTDIR)/usr/share/bash-completion/completions
-	target/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate
+	$(TARGET)/release/tidegate completion bash > $(DESTDIR)/usr/share/bash-completion/completions/tidegate
 	install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	install -m 0644 target/release/libtidegate.a $(DESTDIR)$(PREFIX)/lib/
-	install -m 0755 target/release/libtidegate.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/
+	install -m 0644 $(TARGET)/release/libtidegate.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 0755 $(TARGET)/release/libtidegate.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/
 	ln -sf libtidegate.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libtidegate.so.0
 	ln -sf libtidegate.so.0 $(DESTDIR)$(PREFIX)/lib/libtidegate.so
 	install -D -m 0644 ffi/include/tidegate.h $(DESTDIR)$(PREFIX)/include/tidegate.h

@@ -224,7 +224,7 @@ impl Core {
         }
         if self.is_held_back() {
             self.counters.paced_waits += 1;
-        } else {
+        } else if !self.early.hold_claims_back() {
             self.counters.space_waits += 1;
         }
         self.space_waits.push_back(SpaceWait { door, tag, payload_bytes, on_log_error });
@@ -252,6 +252,14 @@ impl Core {
             self.kick();
         }
         Some(slot)
+    }
+
+    /// No read holds claims back any more. What still waits, waits for room, which the background was not told.
+    pub(super) fn claims_go_on(&mut self) {
+        self.serve_space_waits();
+        if !self.space_waits.is_empty() {
+            self.kick();
+        }
     }
 
     /// Gives freed space to those who wait for it, in order.
@@ -341,7 +349,7 @@ impl Core {
         self.published_waits.retain(|(_, waiting)| *waiting != door);
         self.cold_reads.retain(|(_, waiting, _)| *waiting != door);
         if self.early.forget_door(door) {
-            self.serve_space_waits();
+            self.claims_go_on();
         }
     }
 
@@ -520,6 +528,12 @@ impl Core {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.space_waits.len()
+    }
+
+    /// Whether requests wait for what flushing gives back, and not for a read that was too early.
+    #[must_use]
+    pub fn waits_for_room(&self) -> bool {
+        !self.space_waits.is_empty() && !self.early.hold_claims_back()
     }
 
     /// The ring, to look at.

@@ -142,7 +142,7 @@ impl Core {
     /// A read waits for no record any more, or for something else as well.
     pub fn read_ended(&mut self, door: DoorId, tag: u32) {
         if self.early.ended(door, tag) {
-            self.serve_space_waits();
+            self.claims_go_on();
         }
     }
 
@@ -304,7 +304,7 @@ impl Core {
     #[must_use]
     pub fn above_high_mark(&self) -> bool {
         self.ring.regions().len() as u32 > self.high_regions
-            || self.waiting() > 0
+            || self.waits_for_room()
             || self.extent_count() > INDEX_EXTENTS_MAX / 2
     }
 

@@ -364,6 +364,39 @@ fn writers_are_paced_by_the_epoch_and_not_beyond_it() {
     assert_eq!(served(&mut core), [103, 104, 105], "T2");
 }
 
+/// A read that holds claims back is no want of room: nothing is flushed for it. Where there was no room either, the
+/// background is told once the read has ended.
+#[test]
+fn claims_that_wait_for_a_read_do_not_ask_for_room() {
+    let is_kicked = |core: &mut Core| {
+        let mut outcomes = Vec::new();
+        core.take_outcomes(&mut outcomes);
+        core.background_came();
+        outcomes.iter().any(|o| matches!(o, Outcome::KickBackground))
+    };
+    for ends in
+        [|core: &mut Core| core.read_ended(DoorId(2), 7), |core: &mut Core| core.forget_door(DoorId(2))]
+    {
+        for is_full in [false, true] {
+            let mut core = core();
+            let claim = |core: &mut Core| core.claim(DoorId(1), 1, 4000, OnLogError::Stall);
+            while matches!(claim(&mut core), Claim::Slot(_)) && is_full {}
+            let first = core.published().next();
+            while !core.early.hold_claims_back() {
+                core.early.met(DoorId(2), 7, first);
+                core.early.reached(first, |_, _| {});
+            }
+            assert!(matches!(claim(&mut core), Claim::Wait));
+            assert!(!core.waits_for_room());
+            assert_eq!(core.counters.space_waits, u64::from(is_full));
+            is_kicked(&mut core);
+            ends(&mut core);
+            assert_eq!(core.waits_for_room(), is_full);
+            assert_eq!(is_kicked(&mut core), is_full, "nobody else says so");
+        }
+    }
+}
+
 /// Two groups are in flight, the second fails: who waits for the first is told nothing, for its write is under way.
 #[test]
 fn a_failed_group_does_not_fail_the_one_before_it() {

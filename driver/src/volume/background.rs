@@ -400,7 +400,7 @@ impl Background {
             if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
-            let all = idle || draining || core.waiting() > 0;
+            let all = idle || draining || core.waits_for_room();
             if all && core.durable() < core.published() {
                 core.request_commit();
                 core.pump_commit(now_ns);

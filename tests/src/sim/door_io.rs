@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tidegate_driver::base::Lsn;
 use tidegate_driver::io::{Errno, Memory, Op};
+use tidegate_driver::stage::core::Marks;
 use tidegate_driver::volume::{DoorIo, Request, RequestKind};
 
 use super::model::{Change, Effect, Model};
@@ -56,6 +57,8 @@ pub struct Io<'a> {
     pub asked: &'a mut BTreeMap<u32, Asked>,
     /// The checker.
     pub model: &'a mut Model,
+    /// How far the stage is.
+    pub marks: Arc<Marks>,
     /// Operations submitted.
     pub submitted: Vec<Op>,
     /// Requests completed.
@@ -114,6 +117,7 @@ impl DoorIo for Io<'_> {
         match self.asked.get_mut(&tag) {
             Some(asked) if asked.done.is_none() => {
                 asked.done = Some(result);
+                asked.published = self.marks.published().0;
                 self.completed.push(tag);
             }
             _ => self.wrong = Some(format!("request {tag} is completed twice")),

@@ -393,6 +393,7 @@ impl Running {
         let mut io = Io {
             asked: &mut door.asked,
             model,
+            marks: self.shared.marks.clone(),
             submitted: Vec::new(),
             completed: Vec::new(),
             wrong: None,
@@ -404,8 +405,7 @@ impl Running {
             return Err(Stop::Fail(wrong));
         }
         for tag in completed {
-            let mut asked = door.asked.remove(&tag).expect("completed once");
-            asked.published = self.shared.marks.published().0;
+            let asked = door.asked.remove(&tag).expect("completed once");
             let result = asked.done.expect("it is complete");
             lock(site.ctl).note(
                 "complete",

@@ -42,8 +42,8 @@ struct Io<'a> {
     /// Operations in flight before.
     flights: usize,
     submitted: Vec<Op>,
-    /// Requests completed.
-    completed: Vec<u64>,
+    /// Requests completed, each with the newest published change by then.
+    completed: Vec<(u64, Lsn)>,
     wrong: Option<String>,
 }
 
@@ -115,7 +115,7 @@ impl DoorIo for Io<'_> {
         self.client.session.complete(tag, result);
         let told = self.client.rules.ended(sequence, result);
         self.demand(told);
-        self.completed.push(sequence);
+        self.completed.push((sequence, self.marks.published()));
     }
 }
 
@@ -195,7 +195,7 @@ impl Running {
     fn judge_session(
         &mut self,
         i: usize,
-        completed: &[u64],
+        completed: &[(u64, Lsn)],
         then: Option<Then>,
         site: &Site<'_>,
         model: &mut Model,
@@ -203,9 +203,9 @@ impl Running {
         let volume = self.doors[i].volume;
         let (ack, policy) = self.acks[volume];
         let may_fail = self.had_faults && policy == OnLogError::Fail;
-        for &sequence in completed {
+        for &ended in completed {
             self.requests += 1;
-            self.judge_answer(i, sequence, ack, may_fail, site, model)?;
+            self.judge_answer(i, ended, ack, may_fail, site, model)?;
         }
         let Some(then) = then else { return Ok(()) };
         let (published, durable) = {
@@ -247,7 +247,7 @@ impl Running {
     fn judge_answer(
         &mut self,
         i: usize,
-        sequence: u64,
+        (sequence, published): (u64, Lsn),
         ack: AckLevel,
         may_fail: bool,
         site: &Site<'_>,
@@ -274,7 +274,7 @@ impl Running {
         let must_see = client.rules.sees(sequence, &self.sessions.order);
         let mut asked = Asked::new(as_asked, None, volume, must_see);
         asked.lsn = request.lsn;
-        asked.published = self.shared.marks.published().0;
+        asked.published = published.0;
         if kind == RequestKind::Read && result.is_ok() {
             asked.got = client.got(sequence);
         }
