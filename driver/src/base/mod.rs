@@ -7,6 +7,7 @@ pub mod limits;
 pub mod mutation;
 pub mod patience;
 pub mod prefetch;
+pub(crate) mod schedule;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};

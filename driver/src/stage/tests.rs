@@ -1,5 +1,7 @@
 //! The stage's pure parts against their invariants: ring arithmetic, publish window, commit order under concurrency.
 
+mod readers;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

@@ -32,6 +32,7 @@ use super::core::source_of;
 use super::index::{Extent, Index, Piece, Sorted, Source};
 use super::ring::Slot;
 use crate::base::mutation::{Mutation, is};
+use crate::base::schedule;
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::format::record::Record;
 
@@ -155,7 +156,7 @@ impl VolumeIndex {
         let Extent { range, lsn, source } = extent;
         let part = |(shard, part): (&Mutex<Index>, ByteRange)| {
             let source = source.advanced(part.start - range.start);
-            changed(&mut shard.lock(), |index| index.insert(Extent { range: part, lsn, source }))
+            changed(&mut lock(shard), |index| index.insert(Extent { range: part, lsn, source }))
         };
         self.parts(range).map(part).sum()
     }
@@ -167,7 +168,7 @@ impl VolumeIndex {
         range: ByteRange,
         mut each: impl FnMut(Piece) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        self.parts(range).try_for_each(|(shard, part)| shard.lock().lookup(part).try_for_each(&mut each))
+        self.parts(range).try_for_each(|(shard, part)| lock(shard).lookup(part).try_for_each(&mut each))
     }
 
     /// Forgets the parts of extents inside `range` whose LSN is at most `up_to`: the backing holds them now. By how much the
@@ -177,7 +178,7 @@ impl VolumeIndex {
         let mut grown = 0;
         for (shard, mut part) in self.parts(range) {
             while !part.is_empty() {
-                let mut index = shard.lock();
+                let mut index = lock(shard);
                 grown += changed(&mut index, |index| {
                     let is_short = part.len() <= SHORT_BYTES;
                     let end = if is_short { part.end } else { index.reach(part, REMOVED_AT_ONCE) };
@@ -215,6 +216,11 @@ impl VolumeIndex {
     pub fn extents(&self) -> Vec<Extent> {
         self.shards.iter().flat_map(|shard| shard.0.lock().iter().collect::<Vec<_>>()).collect()
     }
+}
+
+fn lock(shard: &Mutex<Index>) -> MutexGuard<'_, Index> {
+    schedule::point();
+    shard.lock()
 }
 
 /// The byte behind a shard's last one.
