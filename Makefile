@@ -53,6 +53,7 @@ fuzz:
 coverage:
 	tests/coverage
 
+# Everything side by side with its peers, into docs/benchmarks.md: two hours; ONLY=…, ROUNDS=… and more: see benches/run.
 bench:
 	benches/run
 

@@ -2,7 +2,8 @@
 """Durable appends by SQLite: WAL, synchronous=FULL, one row an append; several in flight are rows of one transaction, which is
 how SQLite commits a group. Prints notes as the program `bytes` does.
 
-Usage: sqlite.py DIR [quick]      DIR: a folder on the disk
+Usage: sqlite.py DIR      DIR: a folder on the disk
+Environment: ROUNDS, SECONDS_EACH
 """
 
 import json
@@ -44,10 +45,9 @@ def note(scenario, measure, unit, values):
 
 
 def main():
-    if len(sys.argv) < 2:
+    if len(sys.argv) != 2:
         sys.exit(__doc__.strip())
-    full = (int(os.environ.get("ROUNDS", "5")), float(os.environ.get("SECONDS_EACH", "2")))
-    runs, span = (1, 0.5) if len(sys.argv) > 2 else full
+    runs, span = int(os.environ.get("ROUNDS", "5")), float(os.environ.get("SECONDS_EACH", "2"))
     for size in SIZES:
         for depth in DEPTHS:
             samples = [run(sys.argv[1], size, depth, span) for _ in range(runs)]

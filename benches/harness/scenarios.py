@@ -90,7 +90,7 @@ STANDS = (
         Scenario("4K randwrite, 2 jobs of qd16, by queues", Fio("randwrite", depth=16, jobs=2), QUEUES),
         Scenario("4K randread, 2 jobs of qd16, by queues", Fio("randread", depth=16, jobs=2), QUEUES),
     )),
-    Stand("wide", d.fast, MATRIX, rounds_max=3, seconds_max=0.4),
+    Stand("wide", d.fast, MATRIX, rounds_max=5, seconds_max=0.4),
     Stand("staged", d.staged, (
         Scenario("4K randread qd32, staged", Fio("randread", depth=32), (d.OURS_MEMORY, d.NULL, d.RAW)),
         Scenario("4K randread qd1, staged", Fio("randread"), (d.OURS_MEMORY, d.NULL, d.RAW)),

@@ -12,13 +12,10 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// From `ROUNDS` and `SECONDS_EACH`; with `quick` one run of half a second.
+    /// From `ROUNDS` and `SECONDS_EACH`.
     #[must_use]
-    pub fn from_environment(quick: bool) -> Effort {
+    pub fn from_environment() -> Effort {
         let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<f64>().ok());
-        if quick {
-            return Effort { runs: 1, span: Duration::from_millis(500) };
-        }
         Effort {
             runs: number("ROUNDS").map_or(5, |rounds| rounds.max(1.0) as usize),
             span: Duration::from_secs_f64(number("SECONDS_EACH").unwrap_or(2.0).clamp(0.1, 3600.0)),

@@ -39,6 +39,26 @@ pub fn with_tables(page: &str, rows: &[Row]) -> Result<String, String> {
     Ok(format!("{}{BEGIN}\n\n{tables}{END}{}", &page[..begin], &page[end + END.len()..]))
 }
 
+/// When a stand was measured, of which version and how; scenarios that were measured again are named.
+fn measured(rows: &[&Row]) -> String {
+    let mut known: Vec<(&str, Vec<&str>)> = Vec::new();
+    for row in rows {
+        let at = known.iter().position(|(measured, _)| *measured == row.measured);
+        let at = at.unwrap_or_else(|| {
+            known.push((&row.measured, Vec::new()));
+            known.len() - 1
+        });
+        if !known[at].1.contains(&row.scenario.as_str()) {
+            known[at].1.push(&row.scenario);
+        }
+    }
+    let said = |(at, (measured, scenarios)): (usize, &(&str, Vec<&str>))| match at {
+        0 => (*measured).to_owned(),
+        _ => format!("{measured}: {}", scenarios.join("; ")),
+    };
+    format!("Measured {}.", known.iter().enumerate().map(said).collect::<Vec<_>>().join(". Measured "))
+}
+
 /// A stand of very many scenarios: a line for each, medians only, with what Tidegate is compared with and the ratio behind it.
 fn matrix(out: &mut String, stand: &str, rows: &[Row]) {
     let of_stand: Vec<&Row> = rows.iter().filter(|row| row.stand == stand).collect();
@@ -48,8 +68,13 @@ fn matrix(out: &mut String, stand: &str, rows: &[Row]) {
             names.push(&row.who);
         }
     }
-    let _ = write!(out, "### {stand}\n\nMedians of {} runs", of_stand.first().map_or(0, |row| row.runs));
-    let _ = writeln!(out, "; behind each peer Tidegate ÷ it.\n\n| what | {} | unit |", names.join(" | "));
+    let runs = of_stand.first().map_or(0, |row| row.runs);
+    let _ = writeln!(
+        out,
+        "### {stand}\n\n{} Medians of {runs} runs; behind each peer Tidegate ÷ it.\n\n| what | {} | unit |",
+        measured(&of_stand),
+        names.join(" | ")
+    );
     let _ = writeln!(out, "|---|{}---|", "--:|".repeat(names.len()));
     for same in of_stand.chunk_by(|a, b| a.scenario == b.scenario) {
         let _ = write!(out, "| {} |", same[0].scenario);
@@ -73,8 +98,9 @@ fn table(out: &mut String, stand: &str, rows: &[Row]) {
     let (head, rule) = if has_latencies { (" p50 / p99 / p99.9 µs |", "--:|") } else { ("", "") };
     let _ = writeln!(
         out,
-        "### {stand}\n\n| what | who | median | lowest … highest | runs | unit |{head} Tidegate ÷ it |\n\
-         |---|---|--:|--:|--:|---|{rule}--:|"
+        "### {stand}\n\n{}\n\n| what | who | median | lowest … highest | runs | unit |{head} Tidegate ÷ it |\n\
+         |---|---|--:|--:|--:|---|{rule}--:|",
+        measured(&of_stand)
     );
     let mut before = "";
     for row in of_stand.iter().filter(|row| !LATENCIES.contains(&row.measure.as_str())) {
@@ -125,7 +151,7 @@ mod tests {
             Note::of("wide", "4K read qd1", "null", "rate", "IOPS", vec![50.0]),
             Note::of("wide", "1M read qd1", "tidegate", "throughput", "MB/s", vec![5.0]),
         ];
-        let new = with_tables(&format!("{BEGIN}\n{END}"), &rows_of(&notes)).unwrap();
+        let new = with_tables(&format!("{BEGIN}\n{END}"), &rows_of(&notes, "now")).unwrap();
         assert!(new.contains("| what | tidegate | null | unit |\n|---|--:|--:|---|\n"), "{new}");
         assert!(
             new.contains("| 4K read qd1 | 100 | 50.0 (2.00) | IOPS |\n| 1M read qd1 | 5.00 | | MB/s |\n"),
@@ -141,11 +167,15 @@ mod tests {
             Note::of("slow", "fsync", "bcache", "rate", "IOPS", vec![500.0]),
         ];
         let page = format!("before\n{BEGIN}\nold\n{END}\nafter\n");
-        let new = with_tables(&page, &rows_of(&notes)).unwrap();
+        let mut rows = rows_of(&notes, "now, of 1 s");
+        let again = Note::of("slow", "flush", "tidegate", "rate", "IOPS", vec![1.0]);
+        rows.extend(rows_of(&[again], "later"));
+        let new = with_tables(&page, &rows).unwrap();
+        assert!(new.contains("### slow\n\nMeasured now, of 1 s. Measured later: flush.\n\n| what"), "{new}");
         assert!(new.starts_with("before\n") && new.ends_with("\nafter\n") && !new.contains("old"), "{new}");
         assert!(new.contains("| fsync | tidegate | 1000 | 1000 … 1000 | 1 | IOPS | 12.3 |  |"), "{new}");
         assert!(new.contains("|  | bcache | 500 | 500 … 500 | 1 | IOPS |  | 2.00 |"), "{new}");
-        assert_eq!(with_tables(&new, &rows_of(&notes)).unwrap(), new, "and again the same");
+        assert_eq!(with_tables(&new, &rows).unwrap(), new, "and again the same");
         assert!(with_tables("nothing", &[]).is_err());
     }
 }

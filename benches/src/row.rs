@@ -3,7 +3,8 @@
 use crate::note::Note;
 
 /// First line of the file.
-pub const HEADER: &str = "stand,scenario,who,measure,unit,better,median,lowest,highest,runs,peer,ratio";
+pub const HEADER: &str =
+    "stand,scenario,who,measure,unit,better,median,lowest,highest,runs,peer,ratio,measured";
 
 /// One line of the file. `ratio` is that of Tidegate's median to this one's; `peer` is Tidegate's name in it.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +29,8 @@ pub struct Row {
     pub peer: String,
     /// Tidegate's median divided by this one.
     pub ratio: Option<f64>,
+    /// When, of which version, and how.
+    pub measured: String,
 }
 
 impl Row {
@@ -50,14 +53,28 @@ impl Row {
             self.runs.to_string(),
             self.peer.clone(),
             self.ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
+            self.measured.clone(),
         ];
         fields.map(|field| quoted(&field)).join(",")
     }
 
     fn parse(line: &str) -> Option<Row> {
-        let fields: [String; 12] = split(line).try_into().ok()?;
-        let [stand, scenario, who, measure, unit, better, median, lowest, highest, runs, peer, ratio] =
-            fields;
+        let fields: [String; 13] = split(line).try_into().ok()?;
+        let [
+            stand,
+            scenario,
+            who,
+            measure,
+            unit,
+            better,
+            median,
+            lowest,
+            highest,
+            runs,
+            peer,
+            ratio,
+            measured,
+        ] = fields;
         Some(Row {
             stand,
             scenario,
@@ -69,6 +86,7 @@ impl Row {
             runs: runs.parse().ok()?,
             peer,
             ratio: ratio.parse().ok(),
+            measured,
         })
     }
 }
@@ -93,9 +111,9 @@ fn split(line: &str) -> Vec<String> {
     fields
 }
 
-/// Rows of notes, in the order in which they first appear.
+/// Rows of notes, in the order in which they first appear. `measured` says when, of which version, and how.
 #[must_use]
-pub fn rows_of(notes: &[Note]) -> Vec<Row> {
+pub fn rows_of(notes: &[Note], measured: &str) -> Vec<Row> {
     let mut merged: Vec<Note> = Vec::new();
     for note in notes {
         let same = |other: &&mut Note| {
@@ -133,6 +151,7 @@ pub fn rows_of(notes: &[Note]) -> Vec<Row> {
             runs: note.values.len(),
             peer: ours.map_or_else(String::new, |ours| ours.who.clone()),
             ratio: ours.map(|ours| median(ours)[0] / values[0]),
+            measured: measured.to_owned(),
         }
     };
     merged.iter().map(row).collect()
@@ -192,7 +211,7 @@ mod tests {
             note("a, \"b\"", "loop", &[2.0, 4.0]),
             note("a, \"b\"", "tidegate", &[1.0, 2.0]),
         ];
-        let rows = rows_of(&notes);
+        let rows = rows_of(&notes, "now, 1 s");
         assert_eq!(rows[0].values, [2.0, 1.0, 3.0]);
         assert_eq!((rows[0].ratio, rows[1].ratio), (None, Some(2.0 / 3.0)));
         assert_eq!(to_csv(&from_csv(&to_csv(&rows)).unwrap()), to_csv(&rows));
@@ -201,12 +220,9 @@ mod tests {
 
     #[test]
     fn a_partial_run_replaces_its_scenarios_only() {
-        let old = rows_of(&[
-            note("a", "tidegate", &[1.0]),
-            note("a", "gone", &[1.0]),
-            note("b", "tidegate", &[2.0]),
-        ]);
-        let new = rows_of(&[note("c", "tidegate", &[9.0]), note("a", "tidegate", &[5.0])]);
+        let old = [note("a", "tidegate", &[1.0]), note("a", "gone", &[1.0]), note("b", "tidegate", &[2.0])];
+        let old = rows_of(&old, "before");
+        let new = rows_of(&[note("c", "tidegate", &[9.0]), note("a", "tidegate", &[5.0])], "now");
         let all = merged(old, &new);
         let short: Vec<_> = all.iter().map(|row| (row.scenario.as_str(), row.values[0])).collect();
         assert_eq!(short, [("a", 5.0), ("b", 2.0), ("c", 9.0)]);

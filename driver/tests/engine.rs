@@ -52,6 +52,14 @@ fn a_stage_smaller_than_the_data_slows_writers_and_loses_nothing() {
     engine.close(true).unwrap();
 }
 
+struct OnDrop<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// Doors that index, readers and a flusher that forgets, each on its own thread and none holding up the others: a read shows at
 /// least what was acknowledged before it began and what a read before it showed, on both sides of a border of the index.
 #[test]
@@ -64,6 +72,8 @@ fn reads_go_forward_while_others_write_and_flush() {
     let at = VOLUME_BYTES / 2 - BYTES as u64 / 2;
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            // The others end with this thread, however it ends.
+            let _over = OnDrop(|| _ = acknowledged.fetch_max(VERSIONS, Ordering::SeqCst));
             let mut client = LocalClient::new(&engine, V1, 8).unwrap();
             for version in 1..=VERSIONS {
                 begun.store(version, Ordering::SeqCst);

@@ -1,7 +1,7 @@
 //! Measures the byte door on this machine: submissions a second, latency, and durable appends against what programs do
 //! without it. Prints notes, one JSON object a line; `ROUNDS` and `SECONDS_EACH` say how much.
 //!
-//! Usage: bytes DIR quick      DIR: a folder on a real disk; quick, if it is there: fewer, shorter runs
+//! Usage: bytes DIR      DIR: a folder on a real disk
 
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
@@ -28,13 +28,12 @@ const DEPTHS: [u32; 3] = [1, 8, 64];
 const STAND: &str = "durable appends";
 
 fn main() {
-    let mut args = std::env::args().skip(1);
-    let Some(dir) = args.next() else {
-        eprintln!("usage: bytes DIR [quick]");
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [dir] = &args[..] else {
+        eprintln!("usage: bytes DIR");
         std::process::exit(2);
     };
-    let effort = Effort::from_environment(args.next().is_some());
-    if let Err(error) = measure(Path::new(&dir), effort) {
+    if let Err(error) = measure(Path::new(dir), Effort::from_environment()) {
         eprintln!("bytes: {}", error.report());
         std::process::exit(1);
     }
@@ -74,6 +73,7 @@ fn submissions(effort: Effort) -> Result<()> {
     let count = 1_000_000u64;
     let mut plain = Vec::new();
     let mut copied = Vec::new();
+    let mut medians = Vec::new();
     for _ in 0..effort.runs {
         plain.push(raw_submissions(&device, count).map_err(|e| failed(&e))?);
         let started = Instant::now();
@@ -85,10 +85,21 @@ fn submissions(effort: Effort) -> Result<()> {
             std::thread::yield_now();
         }
         copied.push(count as f64 / started.elapsed().as_secs_f64());
+        medians.push(one_at_a_time(&device)?);
     }
     note("64 B submissions through the shared rings, accepted", "rate", "records/s", plain);
     note("64 B copying writes through the shared rings, accepted", "rate", "records/s", copied);
-    let mut percentiles = Vec::new();
+    note(
+        "64 B write through the shared rings, one at a time, to memory completion",
+        "median time",
+        "us",
+        medians,
+    );
+    Ok(())
+}
+
+/// Median of the microseconds that a write takes to its completion.
+fn one_at_a_time(device: &Device) -> Result<f64> {
     let mut samples: Vec<f64> = Vec::new();
     for i in 0..20_000u64 {
         let started = Instant::now();
@@ -96,14 +107,7 @@ fn submissions(effort: Effort) -> Result<()> {
         samples.push(started.elapsed().as_secs_f64() * 1e6);
     }
     samples.sort_by(f64::total_cmp);
-    percentiles.push(samples[samples.len() / 2]);
-    note(
-        "64 B write through the shared rings, one at a time, to memory completion",
-        "median time",
-        "us",
-        percentiles,
-    );
-    Ok(())
+    Ok(percentile(&samples, 0.5))
 }
 
 fn raw_submissions(device: &Device, count: u64) -> std::result::Result<f64, Failure> {

@@ -39,24 +39,29 @@ fn main() {
         [dir] => measure(Path::new(dir)),
         [dir, disk] => measure(Path::new(dir)).and_then(|()| recovery_from(Path::new(disk))),
         [dir, calls, operation, count] if calls == "calls" => {
-            one_at_a_time(Path::new(dir), operation, count.parse().unwrap_or(0))
+            one_at_a_time(Path::new(dir), operation, number(count))
         }
         [dir, ingest, bytes, doors] if ingest == "ingest" => {
-            let (bytes, doors) = (bytes.parse().unwrap_or(4096), doors.parse().unwrap_or(1));
-            ingest_alone(Path::new(dir), bytes, doors)
+            ingest_alone(Path::new(dir), number(bytes) as usize, number(doors))
         }
-        _ => {
-            eprintln!(
-                "usage: native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | \
-                 native recovery DISK | native costs"
-            );
-            std::process::exit(2);
-        }
+        _ => usage(),
     };
     if let Err(error) = done {
         eprintln!("native: {}", error.report());
         std::process::exit(1);
     }
+}
+
+fn usage() -> ! {
+    eprintln!(
+        "usage: native DIR [DISK] | native DIR calls OPERATION N | native DIR ingest BYTES DOORS | \
+         native recovery DISK | native costs"
+    );
+    std::process::exit(2);
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_else(|_| usage())
 }
 
 /// One kind of operation, for a tracer to count what it asks of the kernel.
@@ -73,7 +78,9 @@ fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
                 client.write(i * 4096, &[7; 4096])?;
                 client.flush()?;
             }
-            _ => client.write(i * 4096, &[7; 4096])?,
+            "read-backing" => drop(client.read(4096 + i * 4096, 4096)?),
+            "write-memory" | "write-log" => client.write(i * 4096, &[7; 4096])?,
+            _ => usage(),
         }
     }
     drop(client);
@@ -81,7 +88,7 @@ fn one_at_a_time(dir: &Path, operation: &str, count: u64) -> Result<()> {
 }
 
 fn measure(dir: &Path) -> Result<()> {
-    let runs = Effort::from_environment(false).runs;
+    let runs = Effort::from_environment().runs;
     costs_of_a_block(runs);
     for (bytes, doors) in [(4096, 1), (4096, 2), (64, 1), (64, 2)] {
         let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
@@ -94,7 +101,7 @@ fn measure(dir: &Path) -> Result<()> {
     for bytes in [4096, 64] {
         processors(dir, bytes, runs)?;
     }
-    recovery(dir, runs)
+    Order::ALL.into_iter().try_for_each(|order| recovery(dir, order, runs))
 }
 
 /// One door on one processor and two doors on two, in turn: everything that the process does, its log writes included, has no
@@ -127,7 +134,7 @@ fn processors(dir: &Path, bytes: usize, runs: usize) -> Result<()> {
 
 /// One ingest, for a profiler to look at.
 fn ingest_alone(dir: &Path, bytes: usize, doors: u64) -> Result<()> {
-    let runs = Effort::from_environment(false).runs;
+    let runs = Effort::from_environment().runs;
     let place = Place::new(dir, "native", STAGE_BYTES, VOLUME_BYTES, AckLevel::Memory, false)?;
     let rates = ingest(&place, bytes, runs, doors)?.0;
     note(&format!("ingest, {bytes} B records, {doors} doors"), "rate", "records/s", rates);
@@ -262,8 +269,38 @@ fn write_records(client: &mut LocalClient, bytes: usize, count: u64, seed: u64) 
     Ok(())
 }
 
+/// Where a staged record lies.
+#[derive(Clone, Copy)]
+enum Order {
+    /// Behind the one before it.
+    InOrder,
+    /// Anywhere, and never where another is.
+    AtRandom,
+}
+
+impl Order {
+    const ALL: [Order; 2] = [Order::InOrder, Order::AtRandom];
+
+    fn offset(self, block: u64) -> u64 {
+        let blocks = VOLUME_BYTES / 4096;
+        let block = match self {
+            Order::InOrder => block,
+            // Odd, and their number is a power of two: each comes once.
+            Order::AtRandom => block.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks,
+        };
+        block * 4096
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Order::InOrder => "4 KiB records in order",
+            Order::AtRandom => "4 KiB records at random",
+        }
+    }
+}
+
 /// A stage of 2 GiB of which about half is in use (the flusher starts above that), as a crash leaves it, and how much.
-fn crashed(dir: &Path) -> Result<(Place, u64)> {
+fn crashed(dir: &Path, order: Order) -> Result<(Place, u64)> {
     let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
     let arena = Scratch::new()?;
     let engine = place.open(Some(&arena.0))?;
@@ -272,7 +309,8 @@ fn crashed(dir: &Path) -> Result<(Place, u64)> {
     let mut staged = 0u64;
     while staged < 1000 << 20 {
         for tag in 0..32 {
-            let request = Request { tag, kind: RequestKind::Write, offset: staged, len: 4096, fua: false };
+            let offset = order.offset(staged / 4096);
+            let request = Request { tag, kind: RequestKind::Write, offset, len: 4096, fua: false };
             client.submit(request, data.clone());
             staged += 4096;
         }
@@ -321,23 +359,28 @@ fn recover(place: &Place) -> Result<(f64, f64)> {
     Ok((first_read, started.elapsed().as_secs_f64()))
 }
 
-fn recovery(dir: &Path, runs: usize) -> Result<()> {
-    let (crashed, staged) = crashed(dir)?;
+fn recovery(dir: &Path, order: Order, runs: usize) -> Result<()> {
+    let (crashed, staged) = crashed(dir, order)?;
     let (mut first_read, mut rate) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         let (first, whole) = recover(&crashed.crashed_copy()?)?;
         first_read.push(first);
         rate.push(staged as f64 / whole / 1e9);
     }
-    note("recovery, about 1 GiB staged", "time to first read", "ms", first_read);
-    note("recovery, about 1 GiB staged, whole log read and verified", "rate", "GB/s", rate);
+    let scenario = format!("recovery, about 1 GiB staged, {}", order.name());
+    note(&scenario, "time to first read", "ms", first_read);
+    note(&format!("{scenario}, whole log read and verified"), "rate", "GB/s", rate);
     Ok(())
 }
 
 /// The same from a disk, in turn with reading as much of the stage from one end to the other, past the page cache.
 fn recovery_from(disk: &Path) -> Result<()> {
-    let runs = Effort::from_environment(false).runs;
-    let (crashed, staged) = crashed(disk)?;
+    Order::ALL.into_iter().try_for_each(|order| recovery_from_disk(disk, order))
+}
+
+fn recovery_from_disk(disk: &Path, order: Order) -> Result<()> {
+    let runs = Effort::from_environment().runs;
+    let (crashed, staged) = crashed(disk, order)?;
     let (mut first_read, mut rates) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
     for run in 0..runs {
         let copy = crashed.crashed_copy()?;
@@ -360,11 +403,12 @@ fn recovery_from(disk: &Path) -> Result<()> {
             rates[way].push(staged as f64 / seconds / 1e9);
         }
     }
-    note("recovery from a disk, about 1 GiB staged", "time to first read", "ms", first_read);
-    let scenario = "recovery from a disk, about 1 GiB staged, whole log read and verified";
+    let scenario = format!("recovery from a disk, about 1 GiB staged, {}", order.name());
+    note(&scenario, "time to first read", "ms", first_read);
+    let scenario = format!("{scenario}, whole log read and verified");
     let who = ["tidegate", "the disk itself, reads of 1 MiB", "the disk itself, reads of 8 MiB"];
     for (who, rates) in who.into_iter().zip(rates) {
-        Note::of("engine", scenario, who, "rate", "GB/s", rates).print();
+        Note::of("engine", &scenario, who, "rate", "GB/s", rates).print();
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Turns notes of measurements into `docs/benchmarks.csv`, the tables of `docs/benchmarks.md` and plots beside them.
 //!
-//! Usage: report RESULT.csv KEPT.csv PAGE.md < notes      what was measured now replaces its scenarios in KEPT.csv, which
-//! is then copied to RESULT.csv
+//! Usage: report MEASURED KEPT.csv PAGE.md < notes      what was measured now replaces its scenarios in KEPT.csv; MEASURED
+//! says when that was, of which version, and how
 
 use std::io::Read as _;
 use std::path::Path;
@@ -16,17 +16,17 @@ const NATIVE: [&str; 5] = ["engine", "durable appends", "nbd", "counts", "flat c
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [result, kept, page] = &args[..] else {
-        eprintln!("usage: report RESULT.csv KEPT.csv PAGE.md < notes");
+    let [measured, kept, page] = &args[..] else {
+        eprintln!("usage: report MEASURED KEPT.csv PAGE.md < notes");
         std::process::exit(2);
     };
-    if let Err(error) = report(result, kept, page) {
+    if let Err(error) = report(measured, kept, page) {
         eprintln!("report: {error}");
         std::process::exit(1);
     }
 }
 
-fn report(result: &str, kept: &str, page: &str) -> Result<(), String> {
+fn report(measured: &str, kept: &str, page: &str) -> Result<(), String> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).map_err(|e| format!("cannot read standard input: {e}"))?;
     let notes: Vec<Note> = text.lines().filter_map(Note::parse).collect();
@@ -35,7 +35,7 @@ fn report(result: &str, kept: &str, page: &str) -> Result<(), String> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(e) => return Err(format!("cannot read {kept}: {e}")),
     };
-    let rows = merged(old, &rows_of(&notes));
+    let rows = merged(old, &rows_of(&notes, measured));
     let before = std::fs::read_to_string(page).map_err(|e| format!("cannot read {page}: {e}"))?;
     let after = with_tables(&before, &rows).map_err(|e| format!("{page}: {e}"))?;
     let native = |row: &&Row| NATIVE.contains(&row.stand.as_str());
@@ -43,11 +43,10 @@ fn report(result: &str, kept: &str, page: &str) -> Result<(), String> {
     let there: Vec<&Row> = rows.iter().filter(|row| !native(row) && row.stand != MATRIX).collect();
     let beside = |name: &str| Path::new(page).with_file_name(name);
     let title = |where_: &str| {
-        format!("How many times better Tidegate is than each peer, {where_}, medians (1 = equal)")
+        format!("How many times better Tidegate is than each other way, {where_} (medians; 1: equal)")
     };
     let files = [
         (Path::new(kept).to_owned(), to_csv(&rows)),
-        (Path::new(result).to_owned(), to_csv(&rows)),
         (Path::new(page).to_owned(), after),
         (beside("benchmarks.svg"), svg(&title("test machine"), &there)),
         (beside("benchmarks-native.svg"), svg(&title("natively"), &here)),

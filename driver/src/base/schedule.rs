@@ -18,9 +18,15 @@ mod checked {
 
     /// Runs `check`, which gives the points of this thread to shuttle: it runs all of its threads on the one that calls it.
     pub(crate) fn checked(check: impl FnOnce()) {
+        struct Unchecked;
+        impl Drop for Unchecked {
+            fn drop(&mut self) {
+                CHECKED.set(false);
+            }
+        }
+        let _unchecked = Unchecked;
         CHECKED.set(true);
         check();
-        CHECKED.set(false);
     }
 
     pub(crate) fn point() {

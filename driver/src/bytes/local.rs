@@ -1,9 +1,10 @@
 //! The byte door for a program that has the engine in its own process: no rings, no other thread between a write and its
 //! place in the log.
 //!
-//! Tickets are LSNs of the stage. A write is in the arena when the call returns, unless the stage is full: then it waits
-//! for its place, in order, while the program goes on. The program's calls also drive what the device does for it and for
-//! others, so a program that has nothing to write for a while calls [`LocalDevice::persist`] first.
+//! Tickets are LSNs of the stage. A write is in the arena when the call returns. Where there is no place for it yet (a full
+//! stage, pacing, a log that fails, a read that must not be overtaken) the call waits. The program's calls also drive what
+//! the device does for it and for others, so a program that has nothing to write for a while calls
+//! [`LocalDevice::persist`] first.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -151,7 +152,7 @@ impl Inner {
         Ok(self.last)
     }
 
-    /// The stage is full, or refuses.
+    /// There is no place for a change yet, or it is refused.
     fn await_place(&mut self, tag: u32) -> Result<Lsn> {
         self.awaited = Some((tag, None));
         loop {

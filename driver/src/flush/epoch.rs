@@ -25,8 +25,9 @@ use std::collections::BTreeMap;
 use super::plan::{Plan, Run, RunKind};
 use super::pool::take_buffer;
 pub use super::pool::{FLUSH_BUFFER_BYTES, flush_pool};
+use super::target::FlushTarget;
 use crate::base::mutation::{Mutation, is};
-use crate::base::{ByteRange, Lsn, VolumeId};
+use crate::base::{ByteRange, VolumeId};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::geometry::{PATCH_OFFSET, checkpoint_offset};
 use crate::format::label::{Label, label_offset};
@@ -41,21 +42,6 @@ use zerocopy::IntoBytes;
 pub(super) const DEPTH: usize = 32;
 /// Longest zero or discard operation.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
-
-/// What is known of a backing, kept from epoch to epoch.
-#[derive(Clone, Debug)]
-pub struct FlushTarget {
-    /// The label as last written with success.
-    pub label: Label,
-    /// The highest LSN that a label written here has named, with success or not: labels never go back.
-    pub attempted: Lsn,
-    /// Smallest unit of its device.
-    pub block_bytes: u32,
-    /// Whether it can zero without data.
-    pub zeroes: bool,
-    /// Whether it can discard.
-    pub discards: bool,
-}
 
 /// Phases in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

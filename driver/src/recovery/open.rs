@@ -22,7 +22,7 @@ use super::staged::Staged;
 use super::{patches, superblocks};
 use crate::base::mutation::{Mutation, is};
 use crate::base::{Error, ErrorKind, Lsn, RegionSeq, Result, VolumeId};
-use crate::flush::epoch::FlushTarget;
+use crate::flush::FlushTarget;
 use crate::format::arena::ArenaIdentity;
 use crate::format::checkpoint::Checkpoint;
 use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};

@@ -557,6 +557,12 @@ impl Core {
         self.extent_count.max(0).unsigned_abs()
     }
 
+    /// The sum itself, which may be below zero.
+    #[cfg(test)]
+    pub(super) fn extent_sum(&self) -> isize {
+        self.extent_count
+    }
+
     /// The indexes have so many extents more.
     pub(super) fn grown(&mut self, by: isize) {
         self.extent_count += by;

@@ -40,13 +40,13 @@ use crate::format::record::Record;
 const SHARDS: usize = 16;
 /// A shard is not smaller than this.
 const SHARD_BYTES_MIN: u64 = 4096;
-/// Extents that are removed before others get the shard: about 0.1 ms.
-const REMOVED_AT_ONCE: usize = 1024;
-/// Ranges up to this are removed without counting what is there: records have 16 bytes or more, but for few.
+/// Extents that are removed or overwritten before others get the shard: about 0.1 ms.
+const AT_ONCE: usize = 1024;
+/// Ranges up to this are changed without counting what is there: records have 16 bytes or more, but for few.
 const SHORT_BYTES: u64 = 16 << 10;
 
 /// Most extents that one record can add to the indexes, taken over all records: one that begins with it, one that begins where
-/// it ends, and one that begins at each border.
+/// it ends, and one that begins at each border. One that is cut because it overwrites very many begins where one of those did.
 pub const EXTENTS_A_RECORD_MAX: usize = SHARDS + 1;
 
 /// On cache lines of its own: neighbours belong to other processors.
@@ -154,11 +154,37 @@ impl VolumeIndex {
 
     fn insert(&self, extent: Extent) -> isize {
         let Extent { range, lsn, source } = extent;
-        let part = |(shard, part): (&Mutex<Index>, ByteRange)| {
+        self.bit_by_bit(range, false, |index, part| {
             let source = source.advanced(part.start - range.start);
-            changed(&mut lock(shard), |index| index.insert(Extent { range: part, lsn, source }))
-        };
-        self.parts(range).map(part).sum()
+            index.insert(Extent { range: part, lsn, source });
+        })
+    }
+
+    /// Changes the shards that have `range`, without holding one for long, whatever is there. Whoever waits for a shard that
+    /// this has not done with is next; `comes_again`: in any case. By how much the number of extents grew.
+    fn bit_by_bit(
+        &self,
+        range: ByteRange,
+        comes_again: bool,
+        mut change: impl FnMut(&mut Index, ByteRange),
+    ) -> isize {
+        let mut grown = 0;
+        for (shard, mut part) in self.parts(range) {
+            while !part.is_empty() {
+                let mut index = lock(shard);
+                let is_short = part.len() <= SHORT_BYTES;
+                let end = if is_short { part.end } else { index.reach(part, AT_ONCE) };
+                let before = index.extent_count() as isize;
+                change(&mut index, ByteRange { start: part.start, end });
+                grown += index.extent_count() as isize - before;
+                part.start = end;
+                if comes_again || !part.is_empty() {
+                    // Somebody may wait with the core held.
+                    MutexGuard::unlock_fair(index);
+                }
+            }
+        }
+        grown
     }
 
     /// What is known about `range`: pieces in order that cover it exactly, holes included, until `each` has had enough. What is
@@ -175,21 +201,8 @@ impl VolumeIndex {
     /// number of extents grew.
     pub fn remove_flushed(&self, range: ByteRange, up_to: Lsn) -> isize {
         let up_to = if is(Mutation::FlushForgetsNewerRecords) { Lsn(u64::MAX) } else { up_to };
-        let mut grown = 0;
-        for (shard, mut part) in self.parts(range) {
-            while !part.is_empty() {
-                let mut index = lock(shard);
-                grown += changed(&mut index, |index| {
-                    let is_short = part.len() <= SHORT_BYTES;
-                    let end = if is_short { part.end } else { index.reach(part, REMOVED_AT_ONCE) };
-                    index.remove_flushed(ByteRange { start: part.start, end }, up_to);
-                    part.start = end;
-                });
-                // Who waits for it, perhaps with the core held, is next, and not the next round.
-                MutexGuard::unlock_fair(index);
-            }
-        }
-        grown
+        // The flusher comes again at once, for the next range.
+        self.bit_by_bit(range, true, |index, part| index.remove_flushed(part, up_to))
     }
 
     /// Number of extents.
@@ -226,11 +239,4 @@ fn lock(shard: &Mutex<Index>) -> MutexGuard<'_, Index> {
 /// The byte behind a shard's last one.
 fn end_of(shard: usize, shift: u32) -> u64 {
     if shard == SHARDS - 1 { u64::MAX } else { (shard as u64 + 1) << shift }
-}
-
-/// By how many extents a change lets a shard grow.
-fn changed(index: &mut Index, change: impl FnOnce(&mut Index)) -> isize {
-    let before = index.extent_count() as isize;
-    change(index);
-    index.extent_count() as isize - before
 }

@@ -248,8 +248,10 @@ impl Drop for LocalClient {
         while self.door.is_busy() {
             // Nobody takes them any more, and with some at hand there would be no waiting.
             self.io.completed.clear();
-            if self.wait(None).is_err() {
-                break;
+            if let Err(e) = self.wait(None) {
+                // As a queue or a session: others wait for what was begun here, for ever.
+                tracing::error!("a client's ring has failed: {}; aborting, to be recovered", e.report());
+                std::process::abort();
             }
         }
     }

@@ -2,7 +2,7 @@
 //! opening their doors.
 
 use tidegate_driver::base::VolumeId;
-use tidegate_driver::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
+use tidegate_driver::format::label::{LABEL_BYTES, LABEL_SLOTS, backing_bytes_for, label_offset};
 use tidegate_driver::io::Disk;
 use tidegate_driver::recovery::superblocks;
 use tidegate_driver::volume::admin;
@@ -53,10 +53,10 @@ impl World {
         let mut next = running.superblock.clone();
         next.sequence += 1;
         next.volumes.iter_mut().filter(|v| v.id == id).for_each(|v| v.size_bytes = size);
-        let label = Label { volume_bytes: size, ..running.label(id).clone() };
+        let label = running.target(id).resized(size);
         admin::write_only_label(backing, &label)?;
         superblocks::write(&self.stage, &next)?;
-        *running.label(id) = label;
+        running.target(id).label = label;
         running.superblock = next;
         let start = label_offset(old, 0);
         let end = backing_bytes_for(old).min(label_offset(size, 0));

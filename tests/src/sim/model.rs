@@ -3,7 +3,7 @@
 //!
 //! - after a crash the content of all volumes is the effect of one prefix of it, no shorter than what was promised (P1);
 //! - a read gives, byte by byte, what the list holds at some place between the newest change that was acknowledged before
-//!   the read began and the newest that had a place when it ended;
+//!   the read began and the newest that was published when it ended;
 //! - a change whose place was never told cannot come back.
 
 use std::collections::BTreeMap;

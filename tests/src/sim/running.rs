@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidegate_driver::base::VolumeId;
-use tidegate_driver::format::label::Label;
+use tidegate_driver::flush::FlushTarget;
 use tidegate_driver::format::superblock::Superblock;
 use tidegate_driver::format::volume_entry::{AckLevel, OnLogError};
 use tidegate_driver::io::{Done, Memory, Op, OpKind};
@@ -506,9 +506,9 @@ impl Running {
         self.background.status.damage.is_some()
     }
 
-    /// The label of a volume's backing, to change.
-    pub fn label(&mut self, volume: VolumeId) -> &mut Label {
-        &mut self.background.target_mut(volume).expect("a volume in use").label
+    /// What the flusher knows of a volume's backing.
+    pub fn target(&mut self, volume: VolumeId) -> &mut FlushTarget {
+        self.background.target_mut(volume).expect("a volume in use")
     }
 
     /// A volume has grown.

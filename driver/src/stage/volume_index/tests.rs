@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
-use super::{EXTENTS_A_RECORD_MAX, REMOVED_AT_ONCE, SHARD_BYTES_MIN, SHARDS, VolumeIndex};
+use super::{AT_ONCE, EXTENTS_A_RECORD_MAX, SHARD_BYTES_MIN, SHARDS, VolumeIndex};
 use crate::base::{ByteRange, Lsn, RegionSeq, VolumeId};
 use crate::stage::index::{Bulk, Extent, Index, Source};
 
@@ -152,7 +152,7 @@ fn every_byte_has_a_shard_however_large_the_volume() {
 #[test]
 fn a_large_range_is_forgotten_bit_by_bit() {
     let index = VolumeIndex::new(VOLUME, 1 << 30);
-    let count = 3 * REMOVED_AT_ONCE as u64 + 5;
+    let count = 3 * AT_ONCE as u64 + 5;
     let range = |n: u64| ByteRange::at(n * 512, 512);
     (0..count).for_each(|n| assert_eq!(index.insert(extent(n + 1, range(n))), 1));
     let all_but_ends = ByteRange { start: 512, end: (count - 1) * 512 };

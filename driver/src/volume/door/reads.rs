@@ -8,7 +8,7 @@ use crate::stage::serve::{Found, ReadPiece, ReadSource};
 use crate::volume::request::{DoorIo, Request};
 
 /// Most bytes of read buffers in flight on a door; further reads wait for one to finish.
-const READ_BYTES_MAX: u64 = 16 << 20;
+pub(super) const READ_BYTES_MAX: u64 = 16 << 20;
 /// Most buffers kept for reuse.
 const SPARE_BUFFERS_MAX: usize = 128;
 /// Most bytes of buffers kept for reuse.
@@ -16,25 +16,32 @@ const SPARE_BYTES_MAX: usize = 8 << 20;
 
 impl VolumeDoor {
     pub(super) fn read<IO: DoorIo>(&mut self, request: Request, io: &mut IO) {
-        let range = ByteRange::at(request.offset, request.len);
-        if self.read_bytes > 0 && self.read_bytes + request.len > READ_BYTES_MAX {
-            {
-                let mut core = self.shared.core.lock();
-                self.changes.publish(&mut core);
-                core.read_ended(self.id, request.tag);
-                self.unheard |= core.has_outcomes();
-            }
-            self.jobs[request.tag as usize] = Job::ReadWaits(request);
+        self.jobs[request.tag as usize] = Job::ReadWaits(request);
+        // Those that wait for a buffer are not overtaken: a large one would never find enough of them.
+        if !self.reads_waiting.is_empty() || !self.has_buffer_for(&request) {
+            let mut core = self.shared.core.lock();
+            self.changes.publish(&mut core);
+            self.unheard |= core.has_outcomes();
             self.reads_waiting.push_back(request.tag);
             return;
         }
-        self.jobs[request.tag as usize] = Job::ReadWaits(request);
+        self.look_up(request, io);
+    }
+
+    /// Whether a read may have a buffer now: there is one in any case for a read alone.
+    fn has_buffer_for(&self, request: &Request) -> bool {
+        self.read_bytes == 0 || self.read_bytes + request.len <= READ_BYTES_MAX
+    }
+
+    fn look_up<IO: DoorIo>(&mut self, request: Request, io: &mut IO) {
+        let range = ByteRange::at(request.offset, request.len);
         let mut pieces = std::mem::take(&mut self.pieces);
         let (found, unheard) = {
             let mut core = self.shared.core.lock();
             self.changes.publish(&mut core);
             let found = if core.is_damaged() && core.cold_regions() > 0 && core.is_staged(self.volume.id) {
                 // Which bytes are behind the damage cannot be told, so none are given out.
+                core.read_ended(self.id, request.tag);
                 None
             } else {
                 Some(core.read(
@@ -154,11 +161,11 @@ impl VolumeDoor {
         self.finish(tag, result, io);
         while let Some(&waiting) = self.reads_waiting.front() {
             let Job::ReadWaits(request) = self.jobs[waiting as usize] else { panic!("a read that waits") };
-            if self.read_bytes > 0 && self.read_bytes + request.len > READ_BYTES_MAX {
+            if !self.has_buffer_for(&request) {
                 break;
             }
             self.reads_waiting.pop_front();
-            self.read(request, io);
+            self.look_up(request, io);
         }
         if self.retired && std::mem::take(&mut self.unheard) {
             self.shared.kick_background();

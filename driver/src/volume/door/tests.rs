@@ -134,6 +134,21 @@ fn changes_are_placed_in_the_order_in_which_they_came_and_written_together() {
     assert_eq!(io.completed, [0, 1, 2, 3, 4]);
 }
 
+/// A large read for which there are not enough buffers would never get them if small ones went past it.
+#[test]
+fn a_read_that_waits_for_buffers_is_not_overtaken() {
+    let (mut door, mut io) = (door(AckLevel::Memory), Io::default());
+    door.request(read(1, 8192), &mut io);
+    let others = reads::READ_BYTES_MAX - 1024;
+    door.read_bytes += others;
+    door.request(Request { len: 4096, ..read(2, 16384) }, &mut io);
+    door.request(read(3, 32768), &mut io);
+    assert_eq!(io.submitted.len(), 1);
+    door.read_bytes -= others;
+    end_operations(&mut door, &mut io);
+    assert_eq!(io.completed, [1, 2, 3]);
+}
+
 #[test]
 fn a_read_sees_changes_that_came_before_it() {
     let (mut door, mut io) = (door(AckLevel::Memory), Io::default());

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::options_of;
 use crate::base::{Lsn, RegionSeq, Result, VolumeId};
-use crate::flush::epoch::FlushTarget;
+use crate::flush::FlushTarget;
 use crate::io::Target;
 use crate::io::file::FileDisk;
 use crate::io::uring::{Event, Reactor, Waker};

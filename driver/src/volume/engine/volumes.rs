@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use super::thread::{Control, TargetChange};
 use super::{Engine, SuperblockUpdate, Volume, no_volume};
 use crate::base::{Error, ErrorKind, Result, VolumeId};
-use crate::flush::epoch::FlushTarget;
+use crate::flush::FlushTarget;
 use crate::format::label::{LABEL_BYTES, LABEL_SLOTS, Label, backing_bytes_for, label_offset};
 use crate::format::volume_entry::VolumeInfo;
 use crate::io::Disk;
@@ -164,7 +164,7 @@ fn grow(
     update: &SuperblockUpdate,
 ) -> Result<()> {
     make_room(backing, backing_bytes_for(size_bytes))?;
-    let label = Label { volume_bytes: size_bytes, ..target.label.clone() };
+    let label = target.resized(size_bytes);
     admin::write_only_label(backing, &label)?;
     update.write()?;
     target.label = label;
