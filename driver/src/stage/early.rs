@@ -10,8 +10,8 @@
 //!
 //! Invariants:
 //! - E1 a read is told once for each time that it waits;
-//! - E2 claims are held back only for reads that wait or were told, and a read that is told is tried again by its door. So they
-//!   go on, if doors do what they are told.
+//! - E2 claims are held back only for reads that wait for a record, or were told and look again at once. One that has to wait
+//!   for a buffer first is parked, and keeps its patience. So claims go on, if doors do what they are told.
 
 use super::outcome::DoorId;
 use crate::base::Lsn;
@@ -27,6 +27,8 @@ struct Early {
     waits_for: Option<Lsn>,
     /// How often it waited.
     times: u32,
+    /// It waits for something that has nothing to do with claims, and does not hold them back meanwhile.
+    is_parked: bool,
 }
 
 /// The reads that wait, and those that were told.
@@ -43,8 +45,9 @@ impl EarlyReads {
                 assert!(read.waits_for.is_none(), "E1");
                 read.waits_for = Some(lsn);
                 read.times += 1;
+                read.is_parked = false;
             }
-            None => self.reads.push(Early { door, tag, waits_for: Some(lsn), times: 1 }),
+            None => self.reads.push(Early { door, tag, waits_for: Some(lsn), times: 1, is_parked: false }),
         }
     }
 
@@ -68,18 +71,30 @@ impl EarlyReads {
         self.forget(|read| read.door == door)
     }
 
+    /// A read that was told waits for something else before it looks again; `true` as for [`EarlyReads::ended`].
+    pub fn parked(&mut self, door: DoorId, tag: u32) -> bool {
+        self.lets_go(|reads| {
+            let of_it = |read: &&mut Early| (read.door, read.tag) == (door, tag);
+            reads.iter_mut().filter(of_it).for_each(|read| read.is_parked = true);
+        })
+    }
+
     fn forget(&mut self, which: impl Fn(&Early) -> bool) -> bool {
+        self.lets_go(|reads| reads.retain(|read| !which(read)))
+    }
+
+    fn lets_go(&mut self, change: impl FnOnce(&mut Vec<Early>)) -> bool {
         if self.reads.is_empty() {
             return false;
         }
         let held = self.hold_claims_back();
-        self.reads.retain(|read| !which(read));
+        change(&mut self.reads);
         held && !self.hold_claims_back()
     }
 
     /// Whether claims have to wait.
     pub fn hold_claims_back(&self) -> bool {
-        self.reads.iter().any(|read| read.times >= PATIENCE)
+        self.reads.iter().any(|read| read.times >= PATIENCE && !read.is_parked)
     }
 }
 
@@ -110,6 +125,7 @@ mod tests {
     fn claims_are_held_back_for_a_read_that_was_in_vain_again_and_again_and_no_longer() {
         for end in [
             |reads: &mut EarlyReads| reads.ended(DoorId(1), 7),
+            |reads: &mut EarlyReads| reads.parked(DoorId(1), 7),
             |reads: &mut EarlyReads| reads.forget_door(DoorId(1)),
         ] {
             let mut reads = EarlyReads::default();
@@ -124,5 +140,18 @@ mod tests {
             assert!(end(&mut reads), "E2");
             assert!(!reads.hold_claims_back() && !end(&mut reads));
         }
+    }
+
+    #[test]
+    fn a_read_that_was_parked_keeps_its_patience() {
+        let mut reads = EarlyReads::default();
+        for lsn in 1..=u64::from(PATIENCE) {
+            reads.met(DoorId(1), 7, Lsn(lsn));
+            assert_eq!(told(&mut reads, lsn), [(1, 7)]);
+            assert_eq!(reads.parked(DoorId(1), 7), lsn == u64::from(PATIENCE));
+            assert!(!reads.hold_claims_back());
+        }
+        reads.met(DoorId(1), 7, Lsn(100));
+        assert!(reads.hold_claims_back(), "it looks again");
     }
 }

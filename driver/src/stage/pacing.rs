@@ -38,7 +38,7 @@ pub(super) struct Fill {
 impl Fill {
     /// Whether claims are paced. What an epoch gives back, an eighth of the stage, is granted before it is there, so that much
     /// is left, and as much again.
-    fn is_paced(self) -> bool {
+    pub fn is_paced(self) -> bool {
         self.used > (self.count * 3 / 4).min(self.count.saturating_sub(3)).max(1)
     }
 

@@ -146,6 +146,13 @@ impl Core {
         }
     }
 
+    /// A read that may have been told has to wait for a buffer.
+    pub fn read_parked(&mut self, door: DoorId, tag: u32) {
+        if self.early.parked(door, tag) {
+            self.claims_go_on();
+        }
+    }
+
     pub(super) fn is_allocated(&self, seq: RegionSeq) -> bool {
         self.allocated[seq.slot(self.ring.geometry().region_count) as usize]
     }
@@ -306,6 +313,12 @@ impl Core {
         self.ring.regions().len() as u32 > self.high_regions
             || self.waits_for_room()
             || self.extent_count() > INDEX_EXTENTS_MAX / 2
+    }
+
+    /// Whether nobody waits for room, nor would soon.
+    #[must_use]
+    pub fn has_room_to_spare(&self) -> bool {
+        !self.waits_for_room() && !self.fill().is_paced() && self.extent_count() <= INDEX_EXTENTS_MAX / 2
     }
 
     /// The next epoch: whole durable regions from the oldest on, as many as have [`EPOCH_RECORDS_MAX`] records together but at

@@ -41,9 +41,9 @@ const SHARDS: usize = 16;
 /// A shard is not smaller than this.
 const SHARD_BYTES_MIN: u64 = 4096;
 /// Extents that are removed or overwritten before others get the shard: about 0.1 ms.
-const AT_ONCE: usize = 1024;
+const AT_ONCE: usize = if cfg!(test) { 3 } else { 1024 };
 /// Ranges up to this are changed without counting what is there: records have 16 bytes or more, but for few.
-const SHORT_BYTES: u64 = 16 << 10;
+const SHORT_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 16 << 10 };
 
 /// Most extents that one record can add to the indexes, taken over all records: one that begins with it, one that begins where
 /// it ends, and one that begins at each border. One that is cut because it overwrites very many begins where one of those did.
@@ -188,7 +188,7 @@ impl VolumeIndex {
     }
 
     /// What is known about `range`: pieces in order that cover it exactly, holes included, until `each` has had enough. What is
-    /// visible of a record is one piece, but for a border in it.
+    /// visible of a record is one piece, but for borders, and places where it was cut when it was indexed.
     pub fn lookup<B>(
         &self,
         range: ByteRange,

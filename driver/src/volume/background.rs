@@ -400,6 +400,11 @@ impl Background {
             if !(idle || draining || core.above_high_mark() || self.failed_epoch.is_some()) {
                 return;
             }
+            // Regions come back into memory first: the flusher's writes would make that several times as long.
+            let is_urgent = draining || self.failed_epoch.is_some() || !core.has_room_to_spare();
+            if !is_urgent && core.cold_regions() > 0 && self.status.load_problem.is_none() {
+                return;
+            }
             let all = idle || draining || core.waits_for_room();
             if all && core.durable() < core.published() {
                 core.request_commit();

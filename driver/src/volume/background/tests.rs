@@ -1,6 +1,6 @@
 //! How the background goes on after a failure, operation by operation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{Background, LOAD_TOKENS, Shared};
@@ -189,6 +189,23 @@ fn what_other_reads_bring_does_not_hide_that_a_region_cannot_be_read() {
     bench.run(100_000_000_000, |_| false);
     assert_eq!(bench.background.status.stage_problem(), None);
     assert_eq!(bench.background.shared.core.lock().cold_regions(), 0);
+}
+
+/// Who reads needs the regions sooner than anybody the room that a flush gives, and both at once take several times as long.
+#[test]
+fn regions_come_back_before_anything_is_flushed_for_idleness() {
+    let mut bench = Bench::new(3);
+    let mut ops = VecDeque::new();
+    bench.background.step(0, &mut |op| ops.push_back(op));
+    while let Some(op) = ops.pop_front() {
+        let (_, done) = bench.carry_out(op);
+        bench.background.op_done(done);
+        // It has been idle for long, and the oldest regions are there.
+        bench.background.step(1_000_000_000, &mut |op| ops.push_back(op));
+        let cold = bench.background.shared.core.lock().cold_regions();
+        assert!(cold == 0 || !bench.background.is_flushing(), "{cold} regions are not there yet");
+    }
+    assert_eq!(bench.background.status.checkpoint_lsn, Lsn(6));
 }
 
 /// What a read waits for is begun at once, beside what is under way.

@@ -21,6 +21,7 @@ impl VolumeDoor {
         if !self.reads_waiting.is_empty() || !self.has_buffer_for(&request) {
             let mut core = self.shared.core.lock();
             self.changes.publish(&mut core);
+            core.read_parked(self.id, request.tag);
             self.unheard |= core.has_outcomes();
             self.reads_waiting.push_back(request.tag);
             return;
