@@ -74,13 +74,7 @@ impl Place {
 
     /// An engine on it. Its arena is in `arena_dir`, or beside the stage.
     pub fn open(&self, arena_dir: Option<&Path>) -> Result<Arc<Engine>> {
-        Engine::open(EngineConfig {
-            stage: Arc::new(FileDisk::open_exclusive(&self.dir.join("stage"))?),
-            backings: vec![(VOLUME, Arc::new(FileDisk::open_exclusive(&self.dir.join("backing"))?))],
-            arena_dir: arena_dir.map_or_else(|| self.dir.join("arena"), Path::to_owned),
-            accept_loss: true,
-            forget: None,
-        })
+        engine_on(&self.dir, arena_dir.unwrap_or(&self.dir.join("arena")))
     }
 
     /// An engine, and a byte device of its volume.
@@ -92,10 +86,10 @@ impl Place {
         Ok(Served { gate: Some(gate), engine, socket, arena_dir })
     }
 
-    /// The files as a server that died would leave them, without its arena.
-    pub fn crashed_copy(&self) -> Result<Place> {
+    /// A copy of the files, which nobody has open, in a folder beside, whose name ends in `which`.
+    pub fn copy(&self, which: &str) -> Result<Place> {
         let mut name = self.dir.file_name().unwrap_or_default().to_owned();
-        name.push("-copy");
+        name.push(which);
         let place = Place { dir: self.dir.with_file_name(name) };
         std::fs::create_dir_all(&place.dir).map_err(io)?;
         let files = [self.dir.join("stage"), self.dir.join("backing")];
@@ -107,6 +101,17 @@ impl Place {
             false => Err(Error::new(ErrorKind::Io, "cannot copy the files")),
         }
     }
+}
+
+/// An engine on the files of a place in folder `dir`.
+pub fn engine_on(dir: &Path, arena_dir: &Path) -> Result<Arc<Engine>> {
+    Engine::open(EngineConfig {
+        stage: Arc::new(FileDisk::open_exclusive(&dir.join("stage"))?),
+        backings: vec![(VOLUME, Arc::new(FileDisk::open_exclusive(&dir.join("backing"))?))],
+        arena_dir: arena_dir.to_owned(),
+        accept_loss: true,
+        forget: None,
+    })
 }
 
 /// A byte device that is served.

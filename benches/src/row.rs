@@ -59,7 +59,10 @@ impl Row {
     }
 
     fn parse(line: &str) -> Option<Row> {
-        let fields: [String; 13] = split(line).try_into().ok()?;
+        let mut fields = split(line);
+        // Older files do not say when.
+        fields.resize(fields.len().max(13), String::new());
+        let fields: [String; 13] = fields.try_into().ok()?;
         let [
             stand,
             scenario,

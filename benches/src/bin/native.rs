@@ -8,8 +8,10 @@
 //! DISK: where they go to measure recovery from a disk
 
 use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +20,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use rustix::fs::{Advice, OFlags, fadvise};
 use tidegate_benches::note::Note;
+use tidegate_benches::place::engine_on;
 use tidegate_benches::{Effort, Place, VOLUME};
 use tidegate_driver::base::checksum::crc64;
 use tidegate_driver::base::{Error, ErrorKind, Result};
@@ -27,6 +30,8 @@ use tidegate_driver::volume::{LocalClient, Request, RequestKind};
 
 const VOLUME_BYTES: u64 = 8 << 30;
 const STAGE_BYTES: u64 = 1 << 30;
+/// What is staged before a crash, in blocks of 4 KiB.
+const FILLED_BLOCKS: u64 = (940 << 20) / 4096 / 32 * 32;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -36,6 +41,10 @@ fn main() {
             Ok(())
         }
         [recovery, disk] if recovery == "recovery" => recovery_from(Path::new(disk)),
+        [with, dir, arena, order] if with == "fill" => {
+            let order = Order::ALL.into_iter().find(|known| known.name() == order).unwrap_or_else(|| usage());
+            fill(Path::new(dir), Path::new(arena), order)
+        }
         [dir] => measure(Path::new(dir)),
         [dir, disk] => measure(Path::new(dir)).and_then(|()| recovery_from(Path::new(disk))),
         [dir, calls, operation, count] if calls == "calls" => {
@@ -299,20 +308,39 @@ impl Order {
     }
 }
 
-/// A stage of 2 GiB of which about half is in use (the flusher starts above that), as a crash leaves it, and how much.
+/// A stage of 2 GiB of which a bit less than half is in use (the flusher starts above that), as a process leaves it that is
+/// killed, and the bytes of log in it. The arena is gone, too.
 fn crashed(dir: &Path, order: Order) -> Result<(Place, u64)> {
     let place = Place::new(dir, "native", 2 << 30, VOLUME_BYTES, AckLevel::Log, false)?;
     let arena = Scratch::new()?;
-    let engine = place.open(Some(&arena.0))?;
+    let failed = |e| Error::io("cannot have the stage filled", e);
+    let program = std::env::current_exe().map_err(failed)?;
+    let mut filling = Command::new(program)
+        .args([Path::new("fill"), place.dir(), &arena.0, Path::new(order.name())])
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let mut told = String::new();
+    let read = BufReader::new(filling.stdout.take().expect("a pipe")).read_line(&mut told);
+    // At once, before it takes itself for idle and flushes.
+    filling.kill().and_then(|()| filling.wait()).map_err(failed)?;
+    read.map_err(failed)?;
+    let staged = told.trim().parse();
+    Ok((place, staged.map_err(|_| Error::new(ErrorKind::Io, "the stage could not be filled"))?))
+}
+
+/// Fills a stage, says how much of it is used, and waits to be killed.
+fn fill(dir: &Path, arena: &Path, order: Order) -> Result<()> {
+    let engine = engine_on(dir, arena)?;
     let mut client = LocalClient::new(&engine, VOLUME, 32)?;
     let data = vec![5u8; 4096];
-    let mut staged = 0u64;
-    while staged < 1000 << 20 {
+    for first in (0..FILLED_BLOCKS).step_by(32) {
         for tag in 0..32 {
-            let offset = order.offset(staged / 4096);
-            let request = Request { tag, kind: RequestKind::Write, offset, len: 4096, fua: false };
-            client.submit(request, data.clone());
-            staged += 4096;
+            let offset = order.offset(first + u64::from(tag));
+            client.submit(
+                Request { tag, kind: RequestKind::Write, offset, len: 4096, fua: false },
+                data.clone(),
+            );
         }
         let mut open = 32;
         while open > 0 {
@@ -322,10 +350,10 @@ fn crashed(dir: &Path, order: Order) -> Result<(Place, u64)> {
             }
         }
     }
-    let crashed = place.crashed_copy()?;
-    drop(client);
-    engine.close(true)?;
-    Ok((crashed, staged))
+    println!("{}", engine.status().used_bytes);
+    loop {
+        thread::park();
+    }
 }
 
 /// A folder in memory, for arenas.
@@ -345,8 +373,16 @@ impl Drop for Scratch {
     }
 }
 
-/// Opens what a crash left: milliseconds to the first read, and seconds until the whole log was read and verified.
-fn recover(place: &Place) -> Result<(f64, f64)> {
+/// Opens what a crash left: milliseconds to the first read, and seconds until the whole log was read and verified. `before`, a
+/// copy of the same, is opened before for the memory that it takes: the host of a virtual machine may not have given it yet, or
+/// have taken it back, and one of ours took 2 s a GiB to find it, longer than to read as much from the disk.
+fn recover(before: Place, place: &Place) -> Result<(f64, f64)> {
+    recover_once(&before)?;
+    drop(before);
+    recover_once(place)
+}
+
+fn recover_once(place: &Place) -> Result<(f64, f64)> {
     let arena = Scratch::new()?;
     let started = Instant::now();
     let engine = place.open(Some(&arena.0))?;
@@ -363,7 +399,7 @@ fn recovery(dir: &Path, order: Order, runs: usize) -> Result<()> {
     let (crashed, staged) = crashed(dir, order)?;
     let (mut first_read, mut rate) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        let (first, whole) = recover(&crashed.crashed_copy()?)?;
+        let (first, whole) = recover(crashed.copy("-before")?, &crashed.copy("-copy")?)?;
         first_read.push(first);
         rate.push(staged as f64 / whole / 1e9);
     }
@@ -383,17 +419,20 @@ fn recovery_from_disk(disk: &Path, order: Order) -> Result<()> {
     let (crashed, staged) = crashed(disk, order)?;
     let (mut first_read, mut rates) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
     for run in 0..runs {
-        let copy = crashed.crashed_copy()?;
+        let (mut before, copy) = (Some(crashed.copy("-before")?), crashed.copy("-copy")?);
         let stage = copy.dir().join("stage");
         forget_cached(&stage)?;
         // Or opening would wait for what copying has left to be written.
         forget_cached(&copy.dir().join("backing"))?;
+        if let Some(before) = &before {
+            forget_cached(&before.dir().join("stage"))?;
+        }
         // Whoever comes later may find more of it in the disk's own cache.
         for turn in 0..3 {
             let way = (run + turn) % 3;
             let seconds = match way {
                 0 => {
-                    let (first, whole) = recover(&copy)?;
+                    let (first, whole) = recover(before.take().expect("one turn a run"), &copy)?;
                     first_read.push(first);
                     whole
                 }
