@@ -9,6 +9,8 @@ const OCTAVE: f64 = 46.0;
 /// Ratios beyond this power of two are drawn at the border.
 const OCTAVES: f64 = 4.5;
 const LINE: usize = 20;
+/// Where the bars begin.
+const MIDDLE: f64 = LEFT + OCTAVES * OCTAVE;
 
 /// How much better Tidegate is than this row; `None` if it is not compared.
 #[must_use]
@@ -56,8 +58,6 @@ pub fn svg(title: &str, rows: &[&Row]) -> String {
     out.push_str("</svg>\n");
     out
 }
-
-const MIDDLE: f64 = LEFT + OCTAVES * OCTAVE;
 
 /// A stand's name, and the scale that its bars have from `y` to `end`.
 fn scale(out: &mut String, stand: &str, y: usize, end: usize) {

@@ -376,9 +376,8 @@ impl Drop for Scratch {
 /// Opens what a crash left: milliseconds to the first read, and seconds until the whole log was read and verified. `before`, a
 /// copy of the same, is opened before for the memory that it takes: the host of a virtual machine may not have given it yet, or
 /// have taken it back, and one of ours took 2 s a GiB to find it, longer than to read as much from the disk.
-fn recover(before: Place, place: &Place) -> Result<(f64, f64)> {
-    recover_once(&before)?;
-    drop(before);
+fn recover(before: &Place, place: &Place) -> Result<(f64, f64)> {
+    recover_once(before)?;
     recover_once(place)
 }
 
@@ -399,7 +398,7 @@ fn recovery(dir: &Path, order: Order, runs: usize) -> Result<()> {
     let (crashed, staged) = crashed(dir, order)?;
     let (mut first_read, mut rate) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        let (first, whole) = recover(crashed.copy("-before")?, &crashed.copy("-copy")?)?;
+        let (first, whole) = recover(&crashed.copy("-before")?, &crashed.copy("-copy")?)?;
         first_read.push(first);
         rate.push(staged as f64 / whole / 1e9);
     }
@@ -419,20 +418,18 @@ fn recovery_from_disk(disk: &Path, order: Order) -> Result<()> {
     let (crashed, staged) = crashed(disk, order)?;
     let (mut first_read, mut rates) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
     for run in 0..runs {
-        let (mut before, copy) = (Some(crashed.copy("-before")?), crashed.copy("-copy")?);
+        let (before, copy) = (crashed.copy("-before")?, crashed.copy("-copy")?);
         let stage = copy.dir().join("stage");
         forget_cached(&stage)?;
         // Or opening would wait for what copying has left to be written.
         forget_cached(&copy.dir().join("backing"))?;
-        if let Some(before) = &before {
-            forget_cached(&before.dir().join("stage"))?;
-        }
+        forget_cached(&before.dir().join("stage"))?;
         // Whoever comes later may find more of it in the disk's own cache.
         for turn in 0..3 {
             let way = (run + turn) % 3;
             let seconds = match way {
                 0 => {
-                    let (first, whole) = recover(before.take().expect("one turn a run"), &copy)?;
+                    let (first, whole) = recover(&before, &copy)?;
                     first_read.push(first);
                     whole
                 }

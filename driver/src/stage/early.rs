@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   met() ──▶ waits ──reached(), its record is published──▶ told ──ended()──▶ gone
-//!               ▲                                            │
-//!               └───────met(): a newer one is there──────────┘
+//!               ▲                                            ├──parked(): no buffer for it──▶ parked
+//!               └───────met(): a newer one is there──────────┴──────────────────────────────────┘
 //! ```
 //! Where somebody writes the same bytes all the time, a newer one may be there again and again. So once a read was in vain
 //! [`PATIENCE`] times nobody gets a place until it has ended: what has one is published, and then nothing is left to be met.
@@ -31,6 +31,12 @@ struct Early {
     is_parked: bool,
 }
 
+impl Early {
+    fn is(&self, door: DoorId, tag: u32) -> bool {
+        (self.door, self.tag) == (door, tag)
+    }
+}
+
 /// The reads that wait, and those that were told.
 #[derive(Debug, Default)]
 pub(super) struct EarlyReads {
@@ -40,7 +46,7 @@ pub(super) struct EarlyReads {
 impl EarlyReads {
     /// A read has met `lsn`, which is not published.
     pub fn met(&mut self, door: DoorId, tag: u32, lsn: Lsn) {
-        match self.reads.iter_mut().find(|read| (read.door, read.tag) == (door, tag)) {
+        match self.reads.iter_mut().find(|read| read.is(door, tag)) {
             Some(read) => {
                 assert!(read.waits_for.is_none(), "E1");
                 read.waits_for = Some(lsn);
@@ -63,7 +69,7 @@ impl EarlyReads {
 
     /// A read was served, or waits for something else; `true` if claims were held back and are not any more.
     pub fn ended(&mut self, door: DoorId, tag: u32) -> bool {
-        self.forget(|read| (read.door, read.tag) == (door, tag))
+        self.forget(|read| read.is(door, tag))
     }
 
     /// A door is gone; `true` as for [`EarlyReads::ended`].
@@ -74,8 +80,7 @@ impl EarlyReads {
     /// A read that was told waits for something else before it looks again; `true` as for [`EarlyReads::ended`].
     pub fn parked(&mut self, door: DoorId, tag: u32) -> bool {
         self.lets_go(|reads| {
-            let of_it = |read: &&mut Early| (read.door, read.tag) == (door, tag);
-            reads.iter_mut().filter(of_it).for_each(|read| read.is_parked = true);
+            reads.iter_mut().filter(|read| read.is(door, tag)).for_each(|read| read.is_parked = true);
         })
     }
 

@@ -139,7 +139,7 @@ impl Core {
         Found::All
     }
 
-    /// A read waits for no record any more, or for something else as well.
+    /// A read waits for no record any more: it is served, is refused, or waits for a region.
     pub fn read_ended(&mut self, door: DoorId, tag: u32) {
         if self.early.ended(door, tag) {
             self.claims_go_on();
@@ -312,13 +312,17 @@ impl Core {
     pub fn above_high_mark(&self) -> bool {
         self.ring.regions().len() as u32 > self.high_regions
             || self.waits_for_room()
-            || self.extent_count() > INDEX_EXTENTS_MAX / 2
+            || self.has_many_extents()
     }
 
     /// Whether nobody waits for room, nor would soon.
     #[must_use]
     pub fn has_room_to_spare(&self) -> bool {
-        !self.waits_for_room() && !self.fill().is_paced() && self.extent_count() <= INDEX_EXTENTS_MAX / 2
+        !self.waits_for_room() && !self.fill().is_paced() && !self.has_many_extents()
+    }
+
+    fn has_many_extents(&self) -> bool {
+        self.extent_count() > INDEX_EXTENTS_MAX / 2
     }
 
     /// The next epoch: whole durable regions from the oldest on, as many as have [`EPOCH_RECORDS_MAX`] records together but at

@@ -172,6 +172,18 @@ fn a_flush_does_not_hide_that_a_region_cannot_be_read() {
     assert_eq!((status.stage_problem(), status.checkpoint_lsn), (None, Lsn(6)));
 }
 
+/// What is there is flushed although a region cannot be read: nobody waits for that one, as for those that are on their way.
+#[test]
+fn a_region_that_cannot_be_read_does_not_keep_others_from_being_flushed() {
+    let mut bench = Bench::new(3);
+    let second = bench.place(RegionSeq(2));
+    for at_ns in [0, 1_000_000_000] {
+        bench.run(at_ns, |sent| sent.kind == OpKind::Read && sent.offset == second);
+    }
+    assert_eq!(bench.background.shared.core.lock().cold_regions(), 1);
+    assert_eq!(bench.background.status.checkpoint_lsn, Lsn(2));
+}
+
 /// Several regions are read at once; the one that fails first is told of until it was read, whatever came of the others.
 #[test]
 fn what_other_reads_bring_does_not_hide_that_a_region_cannot_be_read() {
